@@ -1,0 +1,158 @@
+"""How fast the chunked form is on this machine: time, temporary memory, and the cost per token as rows grow.
+
+    mamba3 experiment chunked_latency [--peer DIR] [--chunk_sizes [32,64,128]]
+
+DIR holds another package to time in the same run, in a process of its own, because it has the same import name:
+
+    uv pip install --no-deps --target build/peer mamba3-jax==1.0.1
+
+Every figure is the median of `repeats` calls on random float32 inputs; memory is the compiler's temp_size_in_bytes.
+"""
+
+import dataclasses
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from experiments.command import fail
+
+PEER_SHAPE = dict(b=2, t=2048, h=8, p=64, n=64)
+LENGTHS = (1024, 4096, 16384, 65536)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What to time.
+
+    Attributes:
+        peer: folder with the package mamba3-jax 1.0.1, or None.
+        chunk_sizes: chunk sizes to try beside the default.
+        repeats: calls per figure.
+    """
+
+    peer: str | None = None
+    chunk_sizes: tuple[int, ...] = ()
+    repeats: int = 15
+
+
+def inputs(b: int, t: int, h: int, p: int, n: int) -> dict[str, jax.Array]:
+    """Random inputs of one layer: both packages' operators start from these."""
+    keys = iter(jax.random.split(jax.random.key(0), 9))
+
+    def normal(*shape):
+        return jax.random.normal(next(keys), shape)
+
+    return dict(
+        x=normal(b, t, h, p), z=normal(b, t, h, p), B=normal(b, t, 1, n), C=normal(b, t, 1, n),
+        dt=jax.nn.softplus(normal(b, t, h) - 3), A=-jax.nn.softplus(normal(b, t, h)),
+        lam=jax.nn.sigmoid(normal(b, t, h)), angle=normal(b, t, n // 4), dy=normal(b, t, h, p),
+    )  # fmt: skip
+
+
+def ours(chunk_size: int | None = None):
+    """(arrays) -> y by `ops.ssm`."""
+    from mamba3_jax.ops import angular_velocity, ssm
+
+    def run(a):
+        h, n = a["x"].shape[2], a["B"].shape[-1]
+        ones = jnp.ones((h, 1, n))
+        return ssm(
+            a["x"], a["B"][:, :, None], a["C"][:, :, None], a["dt"], a["A"], a["lam"],
+            angular_velocity(a["angle"])[:, :, None], B_bias=ones, C_bias=ones, D=jnp.ones(h), z=a["z"],
+            implementation="chunked", chunk_size=chunk_size,
+        )[0]  # fmt: skip
+
+    return run
+
+
+def peers():
+    """(arrays) -> y by mamba3-jax 1.0.1, composed as its mixer composes it, chunk 64 (its default)."""
+    from mamba3_jax import modeling
+
+    def run(a):
+        (b, t, h, _), n = a["x"].shape, a["B"].shape[-1]
+        angles = jnp.broadcast_to(a["angle"][:, :, None], (b, t, h, n // 4))
+        angles = modeling.cumulative_angles(angles, a["dt"])
+        cos, sin = jnp.cos(angles), jnp.sin(angles)
+        B, C = (jnp.repeat(a[name], h, 2) + 1 for name in ("B", "C"))
+        k, q = (modeling.apply_rope_pairwise(u, cos, sin) for u in (B, C))
+        gamma, carry = a["dt"] * a["lam"], a["dt"] * (1 - a["lam"])
+        scale = gamma + jnp.pad(carry[:, 1:], ((0, 0), (0, 1), (0, 0)))
+        diagonal = gamma * jnp.sum(B * C, -1)
+        y, _ = modeling.ssd_forward(a["x"], q, k, a["dt"] * a["A"], scale, diagonal, jnp.ones(h), 64)
+        return y * jax.nn.silu(a["z"])
+
+    return run
+
+
+def measure(run, arrays: dict[str, jax.Array], repeats: int) -> dict[str, float]:
+    """Milliseconds and megabytes of forward, and of forward + backward with respect to every input."""
+
+    def loss(arrays):
+        return jnp.sum(run(arrays) * arrays["dy"])
+
+    result = {}
+    for name, function in (("forward", run), ("forward_backward", jax.grad(loss))):
+        compiled = jax.jit(function).lower(arrays).compile()
+        jax.block_until_ready(compiled(arrays))
+        times = []
+        for _ in range(repeats):
+            began = time.perf_counter()
+            jax.block_until_ready(compiled(arrays))
+            times.append(time.perf_counter() - began)
+        result[f"{name}_ms"] = 1e3 * statistics.median(times)
+        result[f"{name}_temp_mb"] = compiled.memory_analysis().temp_size_in_bytes / 1e6
+    return result
+
+
+def main(argv: list[str]) -> int:
+    """The command; returns the exit status."""
+    import jsonargparse
+
+    parser = jsonargparse.ArgumentParser(prog="mamba3 experiment chunked_latency", exit_on_error=False)
+    parser.add_class_arguments(Config)
+    try:
+        config = Config(**vars(parser.parse_args(argv)))
+    except (jsonargparse.ArgumentError, TypeError, ValueError) as error:
+        fail(" ".join(str(error).split()))
+    print(f"jax {jax.__version__}, {jax.devices()[0].device_kind}, {os.cpu_count()} cores, float32, {PEER_SHAPE}")
+    ratio_base = _row("chunked", measure(ours(), inputs(**PEER_SHAPE), config.repeats))
+    for size in config.chunk_sizes:
+        _row(f"chunked, chunk {size}", measure(ours(size), inputs(**PEER_SHAPE), config.repeats))
+    if config.peer is not None:
+        peer = _row("mamba3-jax 1.0.1", _measure_peer(Path(config.peer), config.repeats))
+        for key, value in peer.items():
+            print(f"  {key}: chunked is {value / ratio_base[key]:.2f}x better")
+    print("cost per token, b=1 h=4 p=64 n=64, nanoseconds per token and head:")
+    for t in LENGTHS:
+        figures = measure(ours(), inputs(1, t, 4, 64, 64), config.repeats)
+        per_token = {k: 1e6 * v / (4 * t) for k, v in figures.items() if k.endswith("_ms")}
+        print(f"  t={t:6d}  forward {per_token['forward_ms']:7.1f}  both {per_token['forward_backward_ms']:7.1f}")
+    return 0
+
+
+def _row(name: str, figures: dict[str, float]) -> dict[str, float]:
+    print(f"{name:24s}" + "  ".join(f"{key} {value:.1f}" for key, value in figures.items()), flush=True)
+    return figures
+
+
+def _measure_peer(folder: Path, repeats: int) -> dict[str, float]:
+    if not (folder / "mamba3_jax").is_dir():
+        fail(f"peer: got {folder}, which holds no mamba3_jax; allowed: the folder that --target named")
+    code = (
+        f"import sys, json; sys.path[:0] = [{str(folder.resolve())!r}, {str(Path(__file__).parent.parent)!r}]\n"
+        "import mamba3_jax.modeling\n"
+        "from experiments import chunked_latency as c\n"
+        f"print(json.dumps(c.measure(c.peers(), c.inputs(**c.PEER_SHAPE), {repeats})))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    if run.returncode:
+        fail(f"peer: got {folder}, which failed: {run.stderr.strip().splitlines()[-1]}")
+    return json.loads(run.stdout.splitlines()[-1])

@@ -1,0 +1,91 @@
+"""What experiments' command lines share: a config file, dotted overrides, a results directory, one-line errors."""
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import jsonargparse
+import yaml
+
+RESULTS = Path("results")
+
+
+@dataclasses.dataclass(frozen=True)
+class Command[Config]:
+    """A parsed command line: the configuration, its canonical text, where results go, and how to repeat it."""
+
+    config: Config
+    text: str
+    results_dir: Path
+    line: str
+
+
+def parse[Config](name: str, config_class: type[Config], argv: list[str]) -> Command[Config]:
+    """Reads `--config FILE`, then `--dotted.option value` overrides, then `--results_dir DIR`.
+
+    Results go to results/<name of the file>, with the overridden options in the name, unless told otherwise.
+
+    Raises:
+        SystemExit: status 2 after one line on stderr, for a bad option, value or file.
+    """
+    parser = jsonargparse.ArgumentParser(prog=f"mamba3 experiment {name}", exit_on_error=False, allow_abbrev=False)
+    parser.add_argument("--config", action="config", help="YAML file with any of the options below")
+    parser.add_argument("--results_dir", type=str, default=None, help="default: results/<config>[,option=value...]")
+    parser.add_class_arguments(config_class)
+    try:
+        parsed = parser.parse_args(argv)
+        config = _instantiate(parser, parsed, config_class)
+        files = [str(path) for path in parsed.config or []]
+        base = parser.parse_args([f"--config={path}" for path in files])
+        base = _instantiate(parser, base, config_class)
+    except (jsonargparse.ArgumentError, ValueError, TypeError) as error:
+        fail(_one_line(error, config_class))
+    directory = parsed.results_dir or RESULTS / _default_name(name, files, to_dict(base), to_dict(config))
+    line = " ".join(["uv run mamba3 experiment", name, *argv])
+    return Command(config, yaml.safe_dump(to_dict(config), sort_keys=False), Path(directory), line)
+
+
+def fail(message: str) -> None:
+    """One line on stderr, status 2."""
+    print(message, file=sys.stderr)
+    raise SystemExit(2)
+
+
+def to_dict(config) -> dict:
+    """A configuration as plain YAML values."""
+    return {k: list(v) if isinstance(v, tuple) else to_dict(v) if isinstance(v, dict) else v
+            for k, v in (config if isinstance(config, dict) else dataclasses.asdict(config)).items()}  # fmt: skip
+
+
+def _instantiate[Config](parser, parsed, config_class: type[Config]) -> Config:
+    values = parser.instantiate(parsed)
+    return config_class(**{field.name: values[field.name] for field in dataclasses.fields(config_class)})
+
+
+def _default_name(name: str, files: list[str], base: dict, config: dict) -> str:
+    before, after = _flatten(base), _flatten(config)
+    changed = [f"{key}={value}" for key, value in after.items() if before.get(key) != value]
+    return ",".join([Path(files[-1]).stem if files else name, *changed]).replace("/", "_").replace(" ", "")
+
+
+def _flatten(values: dict, prefix: str = "") -> dict:
+    flat = {}
+    for key, value in values.items():
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+def _one_line(error: Exception, config_class: type) -> str:
+    message = " ".join(str(error).split())
+    if "does not accept option" in message or "unrecognized arguments" in message:
+        message += f"; allowed: {', '.join(_keys(config_class))}"
+    return message
+
+
+def _keys(config_class: type, prefix: str = "") -> list[str]:
+    """Every dotted option of a configuration."""
+    keys = []
+    for field in dataclasses.fields(config_class):
+        nested = dataclasses.is_dataclass(field.type)
+        keys += _keys(field.type, f"{prefix}{field.name}.") if nested else [prefix + field.name]
+    return keys

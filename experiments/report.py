@@ -1,0 +1,226 @@
+"""What a state-tracking sweep leaves behind: summary.json, a figure, and a report that names every deviation."""
+
+import platform
+from importlib.metadata import version
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import matplotlib
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from mamba3_jax.models import LM
+from mamba3_jax.tasks import get_task, scaled_accuracy
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402  (after the backend is chosen)
+
+# Table 5b, scaled accuracy in percent, for the tasks that it has.
+PAPER = {"parity": 100.00, "modular_arithmetic": 98.51, "modular_arithmetic_brackets": 87.75}
+
+
+def protocol(task: str) -> dict[str, tuple]:
+    """The settings of appendix D that a config is compared with, as the values that follow them."""
+    return {
+        "supervision": ("final",),
+        "model.n_layers": (1 if task == "parity" else 3,),
+        "model.d_model": (32, 64),
+        "model.d_state": (64,),
+        "model.expand": (2,),
+        "model.head_dim": (64,),
+        "model.mimo_rank": (None,),
+        "model.discretization": ("trapezoidal",),
+        "model.rotation": ("data_dependent",),
+        "model.rope_fraction": (0.5,),
+        "model.angle_bound": (np.pi,),
+        "model.a_activation": ("softplus",),
+        "model.A_floor": (1e-4,),
+        "model.dt_min": (1e-3,),
+        "model.dt_max": (0.1,),
+        "model.bc_bias_init": ("ones",),
+        "model.conv_width": (0,),
+        "model.output_norm": ("none",),
+        "curriculum.lengths": ((40, 80, 120, 160),),
+        "curriculum.stage_steps": (10_000,),
+        "batch_size": (256,),
+        "learning_rates": (tuple(float(f"{r:.2g}") for r in np.geomspace(1e-4, 1e-2, 8)),),
+        "optimizer.weight_decay": (0.1,),
+    }
+
+
+def deviations(config) -> list[str]:
+    """Every setting that differs from the protocol, one line each."""
+    lines = []
+    for name, allowed in protocol(config.task).items():
+        value = config
+        for part in name.split("."):
+            value = getattr(value, part)
+        if value not in allowed:
+            wanted = " or ".join(_text(a) for a in allowed)
+            lines.append(f"`{name}` is {_text(value)}; the protocol has {wanted}")
+    return lines
+
+
+def _text(value) -> str:
+    if isinstance(value, tuple):
+        return "[" + ", ".join(map(_text, value)) + "]"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def summarize(command, training, selected: int, test: dict[str, float], curve: dict[int, float]) -> dict:
+    """All figures of the report, as plain values. Accuracies are fractions, `scaled` is in percent."""
+    config = command.config
+    chance = get_task(config.task).chance
+    runs = [
+        dict(learning_rate=rate, seed=seed, best_step=training.best_step[i], validation=training.best_validation[i],
+             max_length=training.last["max_length"][i])
+        for i, (rate, seed) in enumerate(config.pairs)
+    ]  # fmt: skip
+
+    def score(accuracy: float, rows: int) -> dict[str, float]:
+        error = np.sqrt(accuracy * (1 - accuracy) / rows) / (1 - chance)
+        scaled = scaled_accuracy(accuracy, chance)
+        return dict(accuracy=accuracy, scaled=100 * scaled, standard_error=100 * float(error), rows=rows)
+
+    return dict(
+        task=config.task,
+        headline=config.headline,
+        command=command.line,
+        selected=runs[selected],
+        test={name: score(accuracy, config.test_rows) for name, accuracy in test.items()},
+        curve={str(length): score(accuracy, config.validation_rows) for length, accuracy in curve.items()},
+        runs=runs,
+        deviations=deviations(config),
+        steps=training.step,
+        seconds=round(training.seconds, 1),
+        device=f"{jax.devices()[0].device_kind} ({jax.default_backend()}), {platform.machine()}",
+        versions={name: version(name) for name in ("jax", "flax", "optax", "numpy")},
+    )
+
+
+def headline(summary: dict) -> str:
+    """The result in one line."""
+    length, cost = summary["headline"], f"{summary['steps']} steps in {summary['seconds']:.0f} s"
+    score = summary["test"][length]
+    return (
+        f"{summary['task']}: {score['scaled']:.2f} +- {score['standard_error']:.2f} scaled accuracy at length {length} "
+        f"({score['rows']} test rows), after {cost}"
+    )
+
+
+def render(command, summary: dict) -> str:
+    """report.md."""
+    config, paper = command.config, PAPER.get(summary["task"])
+    chance = get_task(config.task).chance
+    chosen = summary["selected"]
+    lines = [
+        f"# {summary['task']}: {command.results_dir.name}",
+        "",
+        f"    {summary['command']}",
+        "",
+        headline(summary) + ".",
+        f"Trained on rows of at most {config.curriculum.lengths[-1]} tokens; chance is {100 * chance:.0f}% accuracy, "
+        "which is 0 scaled.",
+        "",
+        "| rows of length | scaled accuracy, % | standard error | accuracy, % | test rows | paper, table 5b |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, score in summary["test"].items():
+        target = f"{paper:.2f}" if name == summary["headline"] and paper is not None else "-"
+        lines.append(
+            f"| {name} | {score['scaled']:.2f} | {score['standard_error']:.2f} | {100 * score['accuracy']:.2f} "
+            f"| {score['rows']} | {target} |"
+        )
+    lines += [
+        "",
+        f"Selected by validation at length {summary['headline']} (never by the test set): learning rate "
+        f"{chosen['learning_rate']:g}, seed {chosen['seed']}, step {chosen['best_step']}.",
+        "",
+        "![accuracy against length, and the learned turn per token](accuracy.png)",
+        "",
+        "## All runs",
+        "",
+        f"| learning rate | seed | validation at {summary['headline']}, scaled % | at step | longest rows trained |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for run in summary["runs"]:
+        best = run["validation"].get(summary["headline"])
+        shown = "-" if best is None else f"{100 * scaled_accuracy(best, chance):.2f}"
+        cells = (f"{run['learning_rate']:g}", run["seed"], shown, run["best_step"], run["max_length"])
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    lines += ["", "## Deviations from the paper's protocol (appendix D)", ""]
+    lines += [f"- {line}" for line in summary["deviations"]] or ["None."]
+    lines += [
+        "",
+        f"Trained for {summary['steps']} steps of {config.batch_size} rows, {len(summary['runs'])} runs at once, in "
+        f"{summary['seconds']:.0f} s on {summary['device']}; float32 with full matmul precision; "
+        + ", ".join(f"{name} {number}" for name, number in summary["versions"].items())
+        + ".",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def turns_by_token(model: LM, tokens: Int[Array, "b t"]) -> Float[Array, "layers vocab hs"]:
+    """Mean turn dt * omega in radians that each token makes each head and pair take, layer by layer; NaN if unused."""
+    x = model.embedding[...][tokens]
+    one_hot = jax.nn.one_hot(tokens, model.config.vocab_size)
+    seen = one_hot.sum((0, 1))[:, None]
+    layers = []
+    for block in model.blocks:
+        u = block.norm(x)
+        if model.config.mixer.rotation == "data_dependent":
+            turn = block.mixer.step_size(u)[..., None] * block.mixer.angular_velocity(u)[:, :, None]
+            turn = turn.reshape(*tokens.shape, -1)
+            layers.append(jnp.einsum("btv,bts->vs", one_hot, turn) / jnp.where(seen > 0, seen, jnp.nan))
+        x, _ = block(x, None, None)
+    return jnp.stack(layers) if layers else jnp.zeros((0, model.config.vocab_size, 0))
+
+
+def plot(path: Path, config, summary: dict, turns: Float[Array, "layers vocab hs"]) -> None:
+    """accuracy.png: accuracy against length with the training range shaded, and the learned turn per token."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    measured = summary["curve"] | {name: score for name, score in summary["test"].items() if name.isdigit()}
+    lengths = sorted(map(int, measured))
+    scores = [measured[str(length)] for length in lengths]
+    left.axvspan(0, config.curriculum.lengths[-1], color="0.88", label="training lengths")
+    left.axhline(0, color="0.4", linestyle=":", label="chance")
+    left.errorbar(
+        lengths, [s["scaled"] for s in scores], [2 * s["standard_error"] for s in scores],
+        color="black", marker="o", markersize=4, capsize=2, label="best run by validation (2 standard errors)",
+    )  # fmt: skip
+    left.set(xlabel="row length, tokens", ylabel="scaled accuracy, %", xlim=(0, lengths[-1] * 1.02), ylim=(-15, 107))
+    left.set_title(f"{summary['task']}: {command_name(summary)}")
+    left.legend(loc="lower left", fontsize=8)
+    _plot_turns(right, get_task(config.task).symbols, np.asarray(turns))
+    figure.savefig(path, dpi=130, metadata={"Software": None})
+    plt.close(figure)
+
+
+def command_name(summary: dict) -> str:
+    """Which run the figure shows."""
+    chosen = summary["selected"]
+    return f"learning rate {chosen['learning_rate']:g}, seed {chosen['seed']}"
+
+
+def _plot_turns(axis, symbols: tuple[str, ...], turns: np.ndarray) -> None:
+    """One mark per layer, head and pair: how far it turns at each token, modulo a full turn."""
+    used = [i for i in range(turns.shape[1]) if turns.size and np.isfinite(turns[:, i]).all()]
+    for y in (0, 1):
+        axis.axhline(y, color="0.8", linewidth=1)
+    markers = "osD^v"
+    for layer, by_token in enumerate(turns):
+        shift = 0.25 * (layer - (len(turns) - 1) / 2)
+        for x, token in enumerate(used):
+            half_turns = (by_token[token] / np.pi + 0.5) % 2 - 0.5
+            jitter = shift + np.linspace(-0.08, 0.08, len(half_turns))
+            axis.plot(
+                x + jitter, half_turns, markers[layer % len(markers)], markersize=5, markerfacecolor="none",
+                color=str(0.5 * layer / max(1, len(turns) - 1)), label=f"layer {layer + 1}" if x == 0 else None,
+            )  # fmt: skip
+    axis.set_xticks(range(len(used)), [symbols[i] for i in used])
+    axis.set(xlabel="token", ylabel="mean turn per token, half turns", ylim=(-0.55, 1.55))
+    axis.set_title("learned rotation, one mark per head and pair" if used else "no data-dependent rotation")
+    if used:
+        axis.legend(loc="center right", fontsize=8)

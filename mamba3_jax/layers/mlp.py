@@ -1,0 +1,31 @@
+"""The SwiGLU MLP of the Llama layout: fc2(a * silu(g)) with (a, g) = fc1(x)."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from mamba3_jax.layers.parameters import linear
+
+WIDTH_MULTIPLE = 128
+
+
+class SwiGLU(nnx.Module):
+    """A gated MLP whose hidden width is rounded up to a multiple of 128, as the released models round it."""
+
+    def __init__(
+        self,
+        d_model: int,
+        width: int,
+        *,
+        rngs: nnx.Rngs,
+        dtype: jnp.dtype = jnp.float32,
+        residual_branches: int = 1,
+    ):
+        width = -(-width // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
+        self.fc1 = linear(d_model, 2 * width, rngs=rngs, dtype=dtype)
+        self.fc2 = linear(width, d_model, rngs=rngs, dtype=dtype, residual_branches=residual_branches)
+
+    def __call__(self, x: Float[Array, "*shape d"]) -> Float[Array, "*shape d"]:
+        value, gate = jnp.split(self.fc1(x), 2, axis=-1)
+        return self.fc2(value * jax.nn.silu(gate))

@@ -1,0 +1,32 @@
+"""How parameters are declared and drawn."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+
+class Undecayed(nnx.Param):
+    """A parameter that weight decay leaves alone: D, dt_bias, norms and biases."""
+
+
+def linear(
+    d_in: int, d_out: int, *, rngs: nnx.Rngs, dtype: jnp.dtype = jnp.float32, residual_branches: int = 1
+) -> nnx.Linear:
+    """A projection without bias, drawn from U(-1/sqrt(d_in), 1/sqrt(d_in)).
+
+    Projections that write into the residual stream are scaled by 1/sqrt(residual_branches), so that the stream's
+    variance does not grow with depth.
+    """
+    bound = nnx.initializers.variance_scaling(1 / 3 / residual_branches, "fan_in", "uniform")
+    return nnx.Linear(d_in, d_out, use_bias=False, kernel_init=bound, dtype=dtype, rngs=rngs)
+
+
+def inverse_softplus(y: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """x with softplus(x) = y, for y > 0."""
+    return y + jnp.log(-jnp.expm1(-y))
+
+
+def log_uniform(key: Array, shape: tuple[int, ...], low: float, high: float) -> Array:
+    """exp of a uniform draw between log(low) and log(high)."""
+    return jnp.exp(jax.random.uniform(key, shape, minval=jnp.log(low), maxval=jnp.log(high)))

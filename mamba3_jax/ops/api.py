@@ -1,0 +1,311 @@
+"""The Mamba-3 state-space operator: checks its arguments, prepares them, and picks the implementation.
+
+Letters, here and in every shape, einsum string and annotation of this library (the paper's, sizes in lower case):
+
+    b batch    t time      h heads    g groups (heads of a group share B and C)
+    p head dim n state dim r MIMO rank (SISO: 1)       s rotated channel pairs       d model dim     c chunk
+
+    B, C   input and output projections, after their RMSNorm      x   input           z   gate
+    dt     step size > 0         A    decay rate < 0              lam trapezoid weight in [0, 1]
+    omega  angular velocity      D    skip                        mimo_x, mimo_z, mimo_o   rank projections
+
+What it computes is in discretization.py (time steps), rotation.py (angles), recurrent.py (the recurrence) and output.py
+(skip, gate, ranks).
+"""
+
+import functools
+import logging
+from typing import Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from mamba3_jax.ops import output
+from mamba3_jax.ops.checks import check_array, check_choice, check_rank
+from mamba3_jax.ops.chunked import chunked, default_chunk_size
+from mamba3_jax.ops.discretization import exponential_trapezoidal
+from mamba3_jax.ops.inputs import Inputs
+from mamba3_jax.ops.recurrent import recurrent
+from mamba3_jax.ops.rotation import Pairing, Rotation, from_pair_order, to_pair_order
+from mamba3_jax.ops.state import SSMState
+
+Implementation = Literal["recurrent", "chunked", "triton", "tpu"]
+
+_log = logging.getLogger(__name__)
+
+
+def ssm(
+    x: Float[Array, "b t h p"],
+    B: Float[Array, "b t r g n"],
+    C: Float[Array, "b t r g n"],
+    dt: Float[Array, "b t h"],
+    A: Float[Array, "b t h"],
+    lam: Float[Array, "b t h"] | float,
+    omega: Float[Array, "b t #h s"] | Float[Array, " s"] | None = None,
+    *,
+    B_bias: Float[Array, "h r n"] | None = None,
+    C_bias: Float[Array, "h r n"] | None = None,
+    D: Float[Array, " h"] | None = None,
+    z: Float[Array, "b t h p"] | None = None,
+    mimo_x: Float[Array, "h r p"] | None = None,
+    mimo_z: Float[Array, "h r p"] | None = None,
+    mimo_o: Float[Array, "h r p"] | None = None,
+    rotation: Rotation = "data_dependent",
+    initial_state: SSMState | None = None,
+    segment_ids: Int[Array, "b t"] | None = None,
+    implementation: Implementation | None = None,
+    chunk_size: int | None = None,
+) -> tuple[Float[Array, "b t h p"] | Float[Array, "b t r h p"], SSMState]:
+    """The Mamba-3 SSM over whole sequences (sections 3.1 to 3.3 of arXiv:2603.15569).
+
+    Differentiable in every floating-point argument, the initial state included.
+
+    Args:
+        x: input, in the dtype of the matrix products and of the output.
+        B, C: projections shared by the h/g consecutive heads of a group, normalised, before bias and rotation.
+        dt: step size, positive.
+        A: decay rate per unit of time, negative.
+        lam: weight of the step's right end: an array (trapezoidal), 0.5 (fixed trapezoid) or 1.0 (exponential-Euler).
+        omega: angular velocity in radians per unit of time, one row for all heads or one per head; s = n/4 (rope
+            fraction 0.5) or n/2 (1.0). For rotation "rope": (s,), radians per token. For "none": None.
+        B_bias, C_bias: added per head before the rotation; None is zero.
+        D: skip from input to output; None is no skip.
+        z: gate; None is no gate.
+        mimo_x: expands x to r ranks. Makes the operator MIMO, which also pairs channels (i, i + n/2) instead of
+            SISO's (2i, 2i+1).
+        mimo_z: expands the gate to ranks; required by MIMO with a gate.
+        mimo_o: contracts the ranks of the output; None returns them, before the head axis.
+        rotation: "data_dependent" (theta advances by dt omega), "rope" (by omega per token) or "none".
+        initial_state: what a previous call returned; None is zero. It continues the document open at each row's start.
+        segment_ids: document of each token, non-decreasing along t; every document after a row's first starts from
+            zero. Checked where it is concrete, which inside jit it is not.
+        implementation: None picks by backend and shape; an explicit choice never falls back.
+        chunk_size: largest chunk of "chunked"; None takes a measured default.
+
+    Returns:
+        y, and the state after the last token (of the last document of each row).
+
+    Raises:
+        ValueError, TypeError: an argument of the wrong shape, dtype or value, named with what is allowed.
+        NotImplementedError: an explicit implementation that cannot do this call.
+    """
+    call = _check(
+        x, B, C, dt, A, lam, omega, B_bias, C_bias, D, z, mimo_x, mimo_z, mimo_o, rotation, segment_ids, chunk_size
+    )
+    state = _prepare_state(initial_state, call)
+    inputs = Inputs(
+        x=x,
+        B=to_pair_order(B, call.s, call.pairing),
+        C=to_pair_order(C, call.s, call.pairing),
+        B_bias=_prepare_bias(B_bias, call),
+        C_bias=_prepare_bias(C_bias, call),
+        coefficients=exponential_trapezoidal(
+            dt.astype(call.dtype), A.astype(call.dtype), jnp.broadcast_to(jnp.asarray(lam, call.dtype), dt.shape)
+        ),
+        **_prepare_turns(omega, dt, rotation, call),
+        mimo_x=None if mimo_x is None else mimo_x.astype(call.dtype),
+        segment_ids=segment_ids,
+    )
+    match _choose(implementation, call.t):
+        case "recurrent":
+            o, state = recurrent(inputs, state)
+        case "chunked":
+            o, state = chunked(inputs, state, chunk_size or default_chunk_size(jax.default_backend(), call.r))
+    o = output.gate(output.skip(o, x, D, mimo_x), z, mimo_z)
+    if mimo_x is None:
+        y = o[:, :, 0]
+    else:
+        y = o if mimo_o is None else output.reduce_ranks(o, mimo_o)
+    final = state._replace(
+        ssm=from_pair_order(state.ssm, call.s, call.pairing), k=from_pair_order(state.k, call.s, call.pairing)
+    )
+    return y.astype(x.dtype), final
+
+
+def ssm_step(
+    x: Float[Array, "b h p"],
+    B: Float[Array, "b r g n"],
+    C: Float[Array, "b r g n"],
+    dt: Float[Array, "b h"],
+    A: Float[Array, "b h"],
+    lam: Float[Array, "b h"] | float,
+    omega: Float[Array, " b #h s"] | Float[Array, " s"] | None = None,
+    *,
+    state: SSMState,
+    B_bias: Float[Array, "h r n"] | None = None,
+    C_bias: Float[Array, "h r n"] | None = None,
+    D: Float[Array, " h"] | None = None,
+    z: Float[Array, "b h p"] | None = None,
+    mimo_x: Float[Array, "h r p"] | None = None,
+    mimo_z: Float[Array, "h r p"] | None = None,
+    mimo_o: Float[Array, "h r p"] | None = None,
+    rotation: Rotation = "data_dependent",
+    implementation: Implementation | None = None,
+) -> tuple[Float[Array, "b h p"] | Float[Array, "b r h p"], SSMState]:
+    """One decode step: `ssm` of a single token, without the time axis. Arguments, errors and source as there.
+
+    Start from `SSMState.zeros` or from the state that a prefill with `ssm` returned.
+    """
+
+    def with_time(u):
+        return u[:, None] if isinstance(u, jax.Array) and u.ndim > 1 else u
+
+    y, state = ssm(
+        *map(with_time, (x, B, C, dt, A, lam, omega)),
+        B_bias=B_bias,
+        C_bias=C_bias,
+        D=D,
+        z=with_time(z),
+        mimo_x=mimo_x,
+        mimo_z=mimo_z,
+        mimo_o=mimo_o,
+        rotation=rotation,
+        initial_state=state,
+        implementation=implementation,
+    )
+    return y[:, 0], state
+
+
+def _choose(implementation: Implementation | None, t: int) -> str:
+    if implementation is None:
+        picked = "recurrent" if t == 1 else "chunked"
+        _log_choice(picked, jax.default_backend(), "one token" if t == 1 else "sequences")
+        return picked
+    check_choice("implementation", implementation, get_args(Implementation))
+    if implementation in ("triton", "tpu"):
+        raise NotImplementedError(
+            f"implementation: got {implementation!r}, whose kernels are not written yet; allowed: recurrent, chunked"
+        )
+    return implementation
+
+
+@functools.cache
+def _log_choice(picked: str, backend: str, what: str) -> None:
+    """Cached, so that each choice is logged once."""
+    _log.info("ssm on %s: implementation %r for %s", backend, picked, what)
+
+
+class _Call(NamedTuple):
+    """The sizes of a call that passed the checks, the dtype of its state, and how its channels pair."""
+
+    b: int
+    t: int
+    h: int
+    p: int
+    r: int
+    g: int
+    n: int
+    s: int
+    dtype: jnp.dtype
+    pairing: Pairing
+
+
+def _prepare_state(state: SSMState | None, call: _Call) -> SSMState:
+    shapes = SSMState.shapes(call.b, call.h, call.p, call.n, call.r, call.s)
+    if state is None:
+        return SSMState.zeros(call.b, call.h, call.p, call.n, call.r, call.s, call.dtype)
+    for name, value, shape in zip(SSMState._fields, state, shapes):
+        if value.shape != shape:
+            raise ValueError(f"initial_state.{name}: got shape {value.shape}; allowed: {shape} for these inputs")
+    state = state.map(lambda a: a.astype(call.dtype))
+    return state._replace(
+        ssm=to_pair_order(state.ssm, call.s, call.pairing), k=to_pair_order(state.k, call.s, call.pairing)
+    )
+
+
+def _prepare_bias(bias: Array | None, call: _Call) -> Array:
+    if bias is None:
+        return jnp.zeros((call.h, call.r, call.n), call.dtype)
+    return to_pair_order(bias.astype(call.dtype), call.s, call.pairing)
+
+
+def _prepare_turns(omega: Array | None, dt: Array, rotation: Rotation, call: _Call) -> dict[str, Array]:
+    clock = dt.astype(call.dtype)
+    if rotation == "data_dependent":
+        return dict(omega=omega.astype(call.dtype), clock=clock)
+    frequencies = jnp.zeros(0) if rotation == "none" else omega
+    frequencies = jnp.broadcast_to(frequencies.astype(call.dtype)[None, None, None], (call.b, call.t, 1, call.s))
+    return dict(omega=frequencies, clock=jnp.ones_like(clock))
+
+
+def _check(
+    x, B, C, dt, A, lam, omega, B_bias, C_bias, D, z, mimo_x, mimo_z, mimo_o, rotation, segment_ids, chunk_size
+) -> _Call:
+    b, t, h, p = check_rank("x", x, "b t h p")
+    _, _, r, g, n = check_rank("B", B, "b t r g n")
+    sizes = dict(b=b, t=t, h=h, p=p, r=r, g=g, n=n)
+    arrays = {
+        "b t h p": dict(x=x, z=z),
+        "b t r g n": dict(B=B, C=C),
+        "b t h": dict(dt=dt, A=A) | ({} if isinstance(lam, float | int) else dict(lam=lam)),
+        "h r n": dict(B_bias=B_bias, C_bias=C_bias),
+        "h r p": dict(mimo_x=mimo_x, mimo_z=mimo_z, mimo_o=mimo_o),
+        "h": dict(D=D),
+    }
+    for shape, named in arrays.items():
+        for name, value in named.items():
+            if value is not None:
+                check_array(name, value, shape, sizes)
+    if isinstance(lam, float | int) and not 0 <= lam <= 1:
+        raise ValueError(f"lam: got {lam}; allowed: an array (b, t, h) or a number from 0 to 1")
+    if t == 0:
+        raise ValueError("x: got t=0 tokens; allowed: at least 1")
+    if h % g:
+        raise ValueError(f"B: got ngroups g={g}; allowed: a divisor of the h={h} heads of x")
+    if n % 2:
+        raise ValueError(f"B: got state size n={n}; allowed: an even n, because channels turn in pairs")
+    if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
+        raise ValueError(f"chunk_size: got {chunk_size!r}; allowed: a positive integer or None")
+    _check_ranks(r, z, mimo_x, mimo_z, mimo_o)
+    _check_segment_ids(segment_ids, sizes)
+    s = _check_omega(omega, rotation, sizes)
+    pairing = "interleaved" if mimo_x is None else "half"
+    return _Call(**sizes, s=s, dtype=jnp.promote_types(x.dtype, jnp.float32), pairing=pairing)
+
+
+def _check_ranks(r, z, mimo_x, mimo_z, mimo_o) -> None:
+    if mimo_x is None:
+        if r != 1:
+            raise ValueError(f"mimo_x: got None with B of rank r={r}; allowed: an array (h, r, p), or r=1 (SISO)")
+        for name, value in (("mimo_z", mimo_z), ("mimo_o", mimo_o)):
+            if value is not None:
+                raise ValueError(f"{name}: got an array without mimo_x; allowed: None for SISO")
+    elif (z is None) != (mimo_z is None):
+        raise ValueError("mimo_z: got one of z and mimo_z without the other; allowed: both (a gate) or neither")
+
+
+def _check_omega(omega, rotation: Rotation, sizes: dict[str, int]) -> int:
+    """The number of rotated pairs."""
+    check_choice("rotation", rotation, get_args(Rotation))
+    if rotation == "none":
+        if omega is not None:
+            raise ValueError('omega: got an array with rotation "none"; allowed: None')
+        return 0
+    if omega is None:
+        raise ValueError(f'omega: got None with rotation "{rotation}"; allowed: an array, or rotation "none"')
+    n = sizes["n"]
+    allowed = {n // 4: 0.5, n // 2: 1.0}
+    s = check_rank("omega", omega, "b t h s" if rotation == "data_dependent" else "s")[-1]
+    if s not in allowed or s == 0:
+        text = " or ".join(f"s={k} (rope_fraction {v})" for k, v in allowed.items() if k)
+        raise ValueError(f"omega: got s={s} pairs, rope_fraction {2 * s / n:g} of n={n}; allowed: {text}")
+    if rotation == "data_dependent":
+        heads = 1 if omega.shape[2] == 1 else sizes["h"]
+        check_array("omega", omega, "b t h s", sizes | dict(h=heads, s=s))
+    else:
+        check_array("omega", omega, "s", dict(s=s))
+    return s
+
+
+def _check_segment_ids(segment_ids, sizes: dict[str, int]) -> None:
+    if segment_ids is None:
+        return
+    check_array("segment_ids", segment_ids, "b t", sizes, kind=jnp.integer)
+    if not isinstance(segment_ids, jax.core.Tracer) and np.any(np.diff(np.asarray(segment_ids), axis=1) < 0):
+        row, at = np.argwhere(np.diff(np.asarray(segment_ids), axis=1) < 0)[0]
+        raise ValueError(
+            f"segment_ids: got a smaller id after a larger one in row {row} at token {at + 1}; "
+            "allowed: ids that never decrease along t"
+        )

@@ -1,0 +1,1 @@
+"""Optimisation, and run directories that can be resumed."""

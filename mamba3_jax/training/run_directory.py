@@ -1,0 +1,104 @@
+"""A run directory: the unit of resume. It holds config.yaml, metrics.jsonl and checkpoints/.
+
+A directory belongs to one configuration. Opening it with another is refused; opening it with the same continues from
+the newest checkpoint, and metrics written after that checkpoint are dropped, because they will be written again.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+CHECKPOINTS = "checkpoints"
+CONFIG = "config.yaml"
+METRICS = "metrics.jsonl"
+
+
+class RunDirectory:
+    """Config, metrics and checkpoints of one run, under `path`.
+
+    Args:
+        path: created if it does not exist.
+        config: the configuration as text; the same text resumes.
+
+    Raises:
+        ValueError: `path` belongs to another configuration, or is not a run directory and not empty.
+    """
+
+    def __init__(self, path: Path, config: str):
+        self.path = path
+        existing = path / CONFIG
+        if existing.exists():
+            _check_same(path, existing.read_text(), config)
+        elif path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise ValueError(f"results_dir: got {path}, which holds other files; allowed: a run or a new path")
+        path.mkdir(parents=True, exist_ok=True)
+        _write_whole(existing, config)
+        self._checkpoints = ocp.CheckpointManager(
+            (path / CHECKPOINTS).absolute(),
+            options=ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=True),
+        )
+
+    def restore(self, like: Any) -> tuple[Any, dict] | None:
+        """The newest checkpoint's (arrays, extra), shaped as `like`; None if there is none yet.
+
+        Drops the metrics that were written after it.
+        """
+        step = self._checkpoints.latest_step()
+        if step is None:
+            (self.path / METRICS).unlink(missing_ok=True)
+            return None
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+        restored = self._checkpoints.restore(
+            step, args=ocp.args.Composite(arrays=ocp.args.StandardRestore(abstract), extra=ocp.args.JsonRestore())
+        )
+        self._truncate_metrics(restored.extra.pop("metrics_lines"))
+        return restored.arrays, restored.extra
+
+    def save(self, step: int, arrays: Any, extra: dict) -> None:
+        """Starts to write a checkpoint; the two newest are kept."""
+        extra = extra | {"metrics_lines": len(self.metrics())}
+        self._checkpoints.save(
+            step, args=ocp.args.Composite(arrays=ocp.args.StandardSave(arrays), extra=ocp.args.JsonSave(extra))
+        )
+
+    def log(self, record: dict) -> None:
+        """Appends one line to metrics.jsonl."""
+        with (self.path / METRICS).open("a") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def metrics(self) -> list[dict]:
+        """All lines of metrics.jsonl."""
+        path = self.path / METRICS
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def write(self, name: str, text: str) -> None:
+        """Writes a file whole or not at all."""
+        _write_whole(self.path / name, text)
+
+    def close(self) -> None:
+        """Waits until the checkpoints are on disk."""
+        self._checkpoints.wait_until_finished()
+        self._checkpoints.close()
+
+    def _truncate_metrics(self, lines: int) -> None:
+        kept = (self.path / METRICS).read_text().splitlines(keepends=True)[:lines] if lines else []
+        _write_whole(self.path / METRICS, "".join(kept))
+
+
+def _check_same(path: Path, existing: str, config: str) -> None:
+    if existing == config:
+        return
+    before, now = existing.splitlines(), config.splitlines()
+    changed = next((f"{b.strip()!r} there, {n.strip()!r} here" for b, n in zip(before, now) if b != n), "its length")
+    raise ValueError(
+        f"results_dir: got {path}, a run of another config ({changed}); allowed: a run of this config, or a new path"
+    )
+
+
+def _write_whole(path: Path, text: str) -> None:
+    temporary = path.with_suffix(path.suffix + ".tmp")
+    temporary.write_text(text)
+    temporary.replace(path)
