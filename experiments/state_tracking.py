@@ -9,6 +9,7 @@ config.yaml, metrics.jsonl, checkpoints/ (resume), summary.json, accuracy.png an
 
 import dataclasses
 import json
+import os
 import signal
 import time
 from typing import Literal
@@ -17,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jaxtyping import PRNGKeyArray
 
 from experiments import report
 from experiments.command import Command, fail, parse
@@ -25,7 +27,7 @@ from experiments.sweep import CurriculumConfig, Runs, Sweep
 from mamba3_jax.layers import Mamba3Config
 from mamba3_jax.models import LMConfig
 from mamba3_jax.ops.checks import check_choice
-from mamba3_jax.tasks import TASKS, Batch, get_task, scaled_accuracy
+from mamba3_jax.tasks import TASKS, Batch, Task, get_task, scaled_accuracy
 from mamba3_jax.training.optimizer import OptimizerConfig
 from mamba3_jax.training.run_directory import RunDirectory
 
@@ -151,6 +153,7 @@ class Config:
 def main(argv: list[str]) -> int:
     """The command; returns the exit status."""
     command = parse("state_tracking", Config, argv)
+    _use_all_cores()
     try:
         directory = RunDirectory(command.results_dir, command.text)
     except ValueError as error:
@@ -206,7 +209,7 @@ class _Training:
 
     @property
     def step(self) -> int:
-        return int(self.runs.step)
+        return int(self.runs.step[0])
 
     def save(self, directory: RunDirectory) -> None:
         names = ("best_validation", "best_step", "seconds", "last")
@@ -268,6 +271,15 @@ class _Training:
         return shown
 
 
+def _use_all_cores() -> None:
+    """On a CPU, one device per core: XLA hardly threads steps as small as these, but runs spread over devices."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    try:
+        jax.config.update("jax_num_cpu_devices", cores)
+    except RuntimeError:
+        pass  # JAX is already running, with the devices that whoever started it chose.
+
+
 def _catch_interrupts() -> list[int]:
     """A list that becomes true at the first Ctrl-C or SIGTERM; the second one interrupts at once."""
     received: list[int] = []
@@ -295,9 +307,14 @@ def _rows(config: Config, key: int, rows: int, shortest: int, longest: int) -> l
     # Padded to one of a few widths, because each width is a compilation.
     size = min(width for width in (*config.exact_lengths, *config.curve_lengths[-1:], longest) if width >= longest)
     return [
-        task.sample(jax.random.fold_in(stream, i), min(EVALUATION_ROWS, rows - start), longest, size, shortest)
+        _draw(task, jax.random.fold_in(stream, i), min(EVALUATION_ROWS, rows - start), longest, size, shortest)
         for i, start in enumerate(range(0, rows, EVALUATION_ROWS))
     ]
+
+
+@jax.jit(static_argnames=("task", "rows", "size"))
+def _draw(task: Task, key: PRNGKeyArray, rows: int, longest: int, size: int, shortest: int) -> Batch:
+    return task.sample(key, rows, longest, size, shortest)
 
 
 def _accuracy(sweep: Sweep, parameters: nnx.State, batches: list[Batch]) -> np.ndarray:

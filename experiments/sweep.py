@@ -1,16 +1,19 @@
-"""Many training runs of one small model at once: learning rates and seeds along one vmapped axis.
+"""Many training runs of one small model at once: learning rates and seeds along one vmapped axis, over all devices.
 
 Every run has its own parameters, data and place in the curriculum; only the shapes are shared. A run's data comes from
 (seed, step) alone, so that a sweep that was interrupted continues exactly.
 """
 
 import dataclasses
+import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from mamba3_jax.models import LM, LMConfig
@@ -42,13 +45,13 @@ class CurriculumConfig:
 
 
 class Runs(NamedTuple):
-    """The state of all runs: everything that a resumed sweep needs. `runs` is the leading axis of all but `step`."""
+    """The state of all runs, along the leading axis of every array: all that a resumed sweep needs."""
 
     parameters: nnx.State
     optimizer_state: optax.OptState
     stage: Int[Array, " runs"]
     stage_steps: Int[Array, " runs"]
-    step: Int[Array, ""]
+    step: Int[Array, " runs"]
 
 
 class Metrics(NamedTuple):
@@ -74,10 +77,10 @@ class Sweep:
 
     def init(self) -> Runs:
         """Fresh runs. Those of one seed start from the same parameters and see the same data."""
-        parameters = jax.jit(jax.vmap(lambda key: nnx.state(self._build(key), nnx.Param)))(self._keys("init"))
+        parameters = jax.jit(jax.vmap(lambda key: nnx.state(self._build(key), nnx.Param)))(self.keys("init"))
         optimizer_state = jax.vmap(self._direction().init)(parameters)
-        n = len(self.seeds)
-        return Runs(parameters, optimizer_state, jnp.zeros(n, int), jnp.zeros(n, int), jnp.zeros((), int))
+        zeros = jnp.zeros(len(self.seeds), jnp.int32)
+        return jax.device_put(Runs(parameters, optimizer_state, zeros, zeros, zeros), _sharding(len(self.seeds)))
 
     def train(self, runs: Runs, steps: int) -> tuple[Runs, Metrics]:
         """Trains all runs for `steps` steps, then moves those that passed their gate to the next stage."""
@@ -122,7 +125,8 @@ class Sweep:
     def _abstract(self) -> LM:
         return nnx.eval_shape(lambda: self._build(jax.random.key(0)))
 
-    def _keys(self, purpose: str) -> PRNGKeyArray:
+    def keys(self, purpose: str) -> PRNGKeyArray:
+        """A key per run, of its seed; runs of one seed share it."""
         stream = {"init": 0, "data": 1}[purpose]
         return jnp.stack([jax.random.fold_in(jax.random.key(seed), stream) for seed in self.seeds])
 
@@ -136,13 +140,21 @@ def answers_correct(logits: Float[Array, "b t v"], batch: Batch) -> Float[Array,
 
 @jax.jit(static_argnames=("sweep", "steps", "size"))
 def _train(sweep: Sweep, steps: int, size: int, runs: Runs) -> tuple[Runs, Metrics]:
-    axes = Runs(0, 0, 0, 0, None)
+    def train(runs, peaks, keys):
+        def body(runs, _):
+            return jax.vmap(lambda run, peak, key: sweep.one_step(run, peak, key, size))(runs, peaks, keys)
 
-    def body(runs, _):
-        step = jax.vmap(lambda run, peak, key: sweep.one_step(run, peak, key, size), (axes, 0, 0), (axes, 0))
-        return step(runs, jnp.asarray(sweep.peaks), sweep._keys("data"))
+        return jax.lax.scan(body, runs, length=steps)
 
-    runs, metrics = jax.lax.scan(body, runs, length=steps)
+    # The runs of each device by themselves: they have nothing to say to each other.
+    each = _sharding(len(sweep.seeds))
+    runs, metrics = jax.shard_map(
+        train,
+        mesh=each.mesh,
+        in_specs=each.spec,
+        out_specs=(each.spec, PartitionSpec(None, *each.spec)),
+        check_vma=False,
+    )(runs, jnp.asarray(sweep.peaks), sweep.keys("data"))
     metrics = jax.tree.map(lambda m: m.mean(axis=0), metrics)
     done = (metrics.accuracy >= sweep.curriculum.gate_accuracy) | (runs.stage_steps >= sweep.curriculum.stage_steps)
     advance = done & (runs.stage < len(sweep.curriculum.lengths) - 1)
@@ -153,9 +165,25 @@ def _train(sweep: Sweep, steps: int, size: int, runs: Runs) -> tuple[Runs, Metri
 
 @jax.jit(static_argnames="sweep")
 def _accuracy(sweep: Sweep, parameters: nnx.State, batch: Batch) -> Float[Array, " runs"]:
-    def one(parameters):
-        logits, _ = sweep.merge(parameters)(batch.tokens)
-        return answers_correct(logits, batch).mean()
+    def correct(parameters, batch):
+        def one(parameters):
+            logits, _ = sweep.merge(parameters)(batch.tokens)
+            return answers_correct(logits, batch)
 
-    # One run after the other: test sets are large, and nothing is gained from holding all runs' activations.
-    return jax.lax.map(one, parameters)
+        # One run after the other: test sets are large, and nothing is gained from holding all runs' activations.
+        return jax.lax.map(one, parameters)
+
+    rows = _sharding(len(batch.tokens))
+    return jax.shard_map(
+        correct,
+        mesh=rows.mesh,
+        in_specs=(PartitionSpec(), rows.spec),
+        out_specs=PartitionSpec(None, *rows.spec),
+        check_vma=False,
+    )(parameters, batch).mean(axis=1)
+
+
+def _sharding(n: int) -> NamedSharding:
+    """A leading axis of n over as many devices as divide it evenly."""
+    devices = jax.devices()[: math.gcd(n, jax.device_count())]
+    return NamedSharding(Mesh(np.array(devices), ("each",)), PartitionSpec("each"))

@@ -43,7 +43,7 @@ class CausalConv(nnx.Module):
 
     def _next_tail(self, padded, ids):
         past = self.weight.shape[0] - 1
-        tail = padded[:, padded.shape[1] - past :]
+        tail = padded[:, padded.shape[1] - past :].astype(jnp.promote_types(padded.dtype, jnp.float32))
         if ids is None:
             return tail
         same = ids[:, ids.shape[1] - past :] == ids[:, -1:]

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from mamba3_jax.layers.conv import CausalConv
@@ -104,6 +105,10 @@ class Mamba3Config:
             raise ValueError(f"mimo_rank: got {self.mimo_rank}; allowed: a positive integer, or None for SISO")
         if self.rope_fraction not in (0.5, 1.0):
             raise ValueError(f"rope_fraction: got {self.rope_fraction}; allowed: 0.5, 1.0")
+        if self.rotation != "none" and self.rotated_pairs < 1:
+            raise ValueError(f"d_state: got {self.d_state}; allowed: at least 4 for rope_fraction {self.rope_fraction}")
+        if self.chunk_size is not None and self.chunk_size < 1:
+            raise ValueError(f"chunk_size: got {self.chunk_size}; allowed: a positive integer, or None")
         if isinstance(self.discretization, str):
             check_choice("discretization", self.discretization, ("trapezoidal", "euler"))
         elif not 0 <= self.discretization <= 1:
@@ -169,7 +174,7 @@ class Mamba3(nnx.Module):
     """The mixer; see the module's docstring for the equations and `Mamba3Config` for the options."""
 
     def __init__(
-        self, config: Mamba3Config, *, rngs: nnx.Rngs, dtype: jnp.dtype = jnp.float32, residual_branches: int = 1
+        self, config: Mamba3Config, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32, residual_branches: int = 1
     ):
         h, r, p, n = config.nheads, config.rank, config.head_dim, config.d_state
         self.config = config
@@ -257,12 +262,15 @@ class Mamba3(nnx.Module):
         z, x, rest = jnp.split(kernel, [sizes["z"], sizes["z"] + sizes["x"]], axis=1)
         names = list(sizes)[2:]
         ends = np.cumsum([sizes[name] for name in names])[:-1]
-        return dict(z=u @ z, x=u @ x) | dict(zip(names, jnp.split(u @ rest, ends, axis=-1)))
+        # The small parts keep the product's float32: dt and the angles are summed over the whole sequence.
+        rest = jnp.matmul(u, rest, preferred_element_type=self._wide(u))
+        return dict(z=u @ z, x=u @ x) | dict(zip(names, jnp.split(rest, ends, axis=-1)))
 
     def _convolve(self, parts, tail, segment_ids):
         names = ("x", "B", "C")
         sizes = [parts[name].shape[-1] for name in names]
-        joined, tail = self.conv(jnp.concatenate([parts[name] for name in names], -1), tail, segment_ids)
+        joined = jnp.concatenate([parts[name].astype(parts["x"].dtype) for name in names], -1)
+        joined, tail = self.conv(joined, tail, segment_ids)
         parts |= dict(zip(names, jnp.split(joined, [sizes[0], sizes[0] + sizes[1]], axis=-1)))
         return tail
 

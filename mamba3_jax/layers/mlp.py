@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from mamba3_jax.layers.parameters import linear
@@ -19,7 +20,7 @@ class SwiGLU(nnx.Module):
         width: int,
         *,
         rngs: nnx.Rngs,
-        dtype: jnp.dtype = jnp.float32,
+        dtype: DTypeLike = jnp.float32,
         residual_branches: int = 1,
     ):
         width = -(-width // WIDTH_MULTIPLE) * WIDTH_MULTIPLE

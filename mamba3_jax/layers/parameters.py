@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 
@@ -11,7 +12,7 @@ class Undecayed(nnx.Param):
 
 
 def linear(
-    d_in: int, d_out: int, *, rngs: nnx.Rngs, dtype: jnp.dtype = jnp.float32, residual_branches: int = 1
+    d_in: int, d_out: int, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32, residual_branches: int = 1
 ) -> nnx.Linear:
     """A projection without bias, drawn from U(-1/sqrt(d_in), 1/sqrt(d_in)).
 

@@ -18,7 +18,7 @@ def skip(
     if D is None:
         return o
     v = jnp.moveaxis(expand_ranks(x, mimo_x), 3, 2)
-    return o + D[:, None].reshape(1, 1, 1, -1, 1) * v
+    return o + D[None, None, None, :, None] * v
 
 
 def gate(
