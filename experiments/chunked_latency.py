@@ -1,6 +1,6 @@
 """How fast the chunked form is on this machine: time, temporary memory, and the cost per token as rows grow.
 
-    mamba3 experiment chunked_latency [--peer DIR] [--chunk_sizes [32,64,128]]
+    mamba3 experiment chunked_latency [--peer DIR] [--chunk_sizes '[32,64,128]']
 
 DIR holds another package to time in the same run, in a process of its own, because it has the same import name:
 
@@ -15,16 +15,20 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from experiments.command import fail
 
 PEER_SHAPE = dict(b=2, t=2048, h=8, p=64, n=64)
 LENGTHS = (1024, 4096, 16384, 65536)
+# Two float32 forms of one function differ by rounding only.
+SAME_FUNCTION = 1e-4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,11 +152,20 @@ def _measure_peer(folder: Path, repeats: int) -> dict[str, float]:
         fail(f"peer: got {folder}, which holds no mamba3_jax; allowed: the folder that --target named")
     code = (
         f"import sys, json; sys.path[:0] = [{str(folder.resolve())!r}, {str(Path(__file__).parent.parent)!r}]\n"
-        "import mamba3_jax.modeling\n"
+        "import mamba3_jax.modeling, numpy\n"
         "from experiments import chunked_latency as c\n"
-        f"print(json.dumps(c.measure(c.peers(), c.inputs(**c.PEER_SHAPE), {repeats})))"
+        "arrays = c.inputs(**c.PEER_SHAPE)\n"
+        "numpy.save(sys.argv[1], c.jax.jit(c.peers())(arrays))\n"
+        f"print(json.dumps(c.measure(c.peers(), arrays, {repeats})))"
     )
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    if run.returncode:
-        fail(f"peer: got {folder}, which failed: {run.stderr.strip().splitlines()[-1]}")
+    with tempfile.TemporaryDirectory() as scratch:
+        saved = Path(scratch) / "y.npy"
+        run = subprocess.run([sys.executable, "-c", code, saved], capture_output=True, text=True, check=False)
+        if run.returncode:
+            fail(f"peer: got {folder}, which failed: {run.stderr.strip().splitlines()[-1]}")
+        theirs, mine = np.load(saved), np.asarray(jax.jit(ours())(inputs(**PEER_SHAPE)))
+    difference = np.max(np.abs(theirs - mine)) / np.max(np.abs(mine))
+    print(f"  both compute the same function: largest difference {difference:.1e} of the largest output")
+    if difference > SAME_FUNCTION:
+        fail(f"peer: got outputs that differ by {difference:.1e}; allowed: {SAME_FUNCTION:.0e}")
     return json.loads(run.stdout.splitlines()[-1])

@@ -1,6 +1,7 @@
 """What experiments' command lines share: a config file, dotted overrides, a results directory, one-line errors."""
 
 import dataclasses
+import shlex
 import sys
 from pathlib import Path
 
@@ -41,7 +42,7 @@ def parse[Config](name: str, config_class: type[Config], argv: list[str]) -> Com
     except (jsonargparse.ArgumentError, ValueError, TypeError) as error:
         fail(_one_line(error, config_class))
     directory = parsed.results_dir or RESULTS / _default_name(name, files, to_dict(base), to_dict(config))
-    line = " ".join(["uv run mamba3 experiment", name, *argv])
+    line = shlex.join(["uv", "run", "mamba3", "experiment", name, *argv])
     return Command(config, yaml.safe_dump(to_dict(config), sort_keys=False), Path(directory), line)
 
 
@@ -63,15 +64,16 @@ def _instantiate[Config](parser, parsed, config_class: type[Config]) -> Config:
 
 
 def _default_name(name: str, files: list[str], base: dict, config: dict) -> str:
-    before, after = _flatten(base), _flatten(config)
+    before, after = flatten(base), flatten(config)
     changed = [f"{key}={value}" for key, value in after.items() if before.get(key) != value]
     return ",".join([Path(files[-1]).stem if files else name, *changed]).replace("/", "_").replace(" ", "")
 
 
-def _flatten(values: dict, prefix: str = "") -> dict:
+def flatten(values: dict, prefix: str = "") -> dict:
+    """Nested options as dotted ones."""
     flat = {}
     for key, value in values.items():
-        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return flat
 
 

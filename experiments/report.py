@@ -20,55 +20,9 @@ import matplotlib.pyplot as plt  # noqa: E402  (after the backend is chosen)
 PAPER = {"parity": 100.00, "modular_arithmetic": 98.51, "modular_arithmetic_brackets": 87.75}
 
 
-def protocol(task: str) -> dict[str, tuple]:
-    """The settings of appendix D that a config is compared with, as the values that follow them."""
-    return {
-        "supervision": ("final",),
-        "model.n_layers": (1 if task == "parity" else 3,),
-        "model.d_model": (32, 64),
-        "model.d_state": (64,),
-        "model.expand": (2,),
-        "model.head_dim": (64,),
-        "model.mimo_rank": (None,),
-        "model.discretization": ("trapezoidal",),
-        "model.rotation": ("data_dependent",),
-        "model.rope_fraction": (0.5,),
-        "model.angle_bound": (np.pi,),
-        "model.a_activation": ("softplus",),
-        "model.A_floor": (1e-4,),
-        "model.dt_min": (1e-3,),
-        "model.dt_max": (0.1,),
-        "model.bc_bias_init": ("ones",),
-        "model.conv_width": (0,),
-        "model.output_norm": ("none",),
-        "curriculum.lengths": ((40, 80, 120, 160),),
-        "curriculum.stage_steps": (10_000,),
-        "batch_size": (256,),
-        "learning_rates": (tuple(float(f"{r:.2g}") for r in np.geomspace(1e-4, 1e-2, 8)),),
-        "optimizer.weight_decay": (0.1,),
-    }
-
-
-def deviations(config) -> list[str]:
-    """Every setting that differs from the protocol, one line each."""
-    lines = []
-    for name, allowed in protocol(config.task).items():
-        value = config
-        for part in name.split("."):
-            value = getattr(value, part)
-        if value not in allowed:
-            wanted = " or ".join(_text(a) for a in allowed)
-            lines.append(f"`{name}` is {_text(value)}; the protocol has {wanted}")
-    return lines
-
-
-def _text(value) -> str:
-    if isinstance(value, tuple):
-        return "[" + ", ".join(map(_text, value)) + "]"
-    return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def summarize(command, training, selected: int, test: dict[str, float], curve: dict[int, float]) -> dict:
+def summarize(
+    command, training, selected: int, test: dict[str, float], curve: dict[int, float], deviations: list[str]
+) -> dict:
     """All figures of the report, as plain values. Accuracies are fractions, `scaled` is in percent."""
     config = command.config
     chance = get_task(config.task).chance
@@ -91,7 +45,7 @@ def summarize(command, training, selected: int, test: dict[str, float], curve: d
         test={name: score(accuracy, config.test_rows) for name, accuracy in test.items()},
         curve={str(length): score(accuracy, config.validation_rows) for length, accuracy in curve.items()},
         runs=runs,
-        deviations=deviations(config),
+        deviations=deviations,
         steps=training.step,
         seconds=round(training.seconds, 1),
         device=f"{jax.devices()[0].device_kind} ({jax.default_backend()}), {platform.machine()}",
@@ -101,7 +55,7 @@ def summarize(command, training, selected: int, test: dict[str, float], curve: d
 
 def headline(summary: dict) -> str:
     """The result in one line."""
-    length, cost = summary["headline"], f"{summary['steps']} steps in {summary['seconds']:.0f} s"
+    length, cost = summary["headline"], f"{summary['steps']} steps and {summary['seconds']:.0f} s of training"
     score = summary["test"][length]
     return (
         f"{summary['task']}: {score['scaled']:.2f} +- {score['standard_error']:.2f} scaled accuracy at length {length} "
@@ -120,8 +74,8 @@ def render(command, summary: dict) -> str:
         f"    {summary['command']}",
         "",
         headline(summary) + ".",
-        f"Trained on rows of at most {config.curriculum.lengths[-1]} tokens; chance is {100 * chance:.0f}% accuracy, "
-        "which is 0 scaled.",
+        f"Trained on rows of at most {chosen['max_length']} tokens, of a curriculum up to "
+        f"{config.curriculum.lengths[-1]}; chance is {100 * chance:.0f}% accuracy, which is 0 scaled.",
         "",
         "| rows of length | scaled accuracy, % | standard error | accuracy, % | test rows | paper, table 5b |",
         "| --- | --- | --- | --- | --- | --- |",
@@ -184,7 +138,7 @@ def plot(path: Path, config, summary: dict, turns: Float[Array, "layers vocab hs
     measured = summary["curve"] | {name: score for name, score in summary["test"].items() if name.isdigit()}
     lengths = sorted(map(int, measured))
     scores = [measured[str(length)] for length in lengths]
-    left.axvspan(0, config.curriculum.lengths[-1], color="0.88", label="training lengths")
+    left.axvspan(0, summary["selected"]["max_length"], color="0.88", label="lengths trained on")
     left.axhline(0, color="0.4", linestyle=":", label="chance")
     left.errorbar(
         lengths, [s["scaled"] for s in scores], [2 * s["standard_error"] for s in scores],
@@ -192,7 +146,7 @@ def plot(path: Path, config, summary: dict, turns: Float[Array, "layers vocab hs
     )  # fmt: skip
     left.set(xlabel="row length, tokens", ylabel="scaled accuracy, %", xlim=(0, lengths[-1] * 1.02), ylim=(-15, 107))
     left.set_title(f"{summary['task']}: {command_name(summary)}")
-    left.legend(loc="lower left", fontsize=8)
+    left.legend(loc="center left", fontsize=8)
     _plot_turns(right, get_task(config.task).symbols, np.asarray(turns))
     figure.savefig(path, dpi=130, metadata={"Software": None})
     plt.close(figure)
@@ -206,7 +160,11 @@ def command_name(summary: dict) -> str:
 
 def _plot_turns(axis, symbols: tuple[str, ...], turns: np.ndarray) -> None:
     """One mark per layer, head and pair: how far it turns at each token, modulo a full turn."""
-    used = [i for i in range(turns.shape[1]) if turns.size and np.isfinite(turns[:, i]).all()]
+    if not turns.size:
+        axis.set_axis_off()
+        axis.text(0.5, 0.5, "no data-dependent rotation", ha="center", va="center")
+        return
+    used = [i for i in range(turns.shape[1]) if np.isfinite(turns[:, i]).all()]
     for y in (0, 1):
         axis.axhline(y, color="0.8", linewidth=1)
     markers = "osD^v"
@@ -221,6 +179,5 @@ def _plot_turns(axis, symbols: tuple[str, ...], turns: np.ndarray) -> None:
             )  # fmt: skip
     axis.set_xticks(range(len(used)), [symbols[i] for i in used])
     axis.set(xlabel="token", ylabel="mean turn per token, half turns", ylim=(-0.55, 1.55))
-    axis.set_title("learned rotation, one mark per head and pair" if used else "no data-dependent rotation")
-    if used:
-        axis.legend(loc="center right", fontsize=8)
+    axis.set_title("learned rotation, one mark per head and pair")
+    axis.legend(loc="center", fontsize=8)

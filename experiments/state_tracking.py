@@ -7,11 +7,13 @@ parameters by validation accuracy, and tests the best run on rows it has never s
 config.yaml, metrics.jsonl, checkpoints/ (resume), summary.json, accuracy.png and report.md.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
 import signal
 import time
+from collections.abc import Iterator
 from typing import Literal
 
 import jax
@@ -21,16 +23,17 @@ from flax import nnx
 from jaxtyping import PRNGKeyArray
 
 from experiments import report
-from experiments.command import Command, fail, parse
+from experiments.command import Command, fail, flatten, parse, to_dict
 from experiments.progress import progress
 from experiments.sweep import CurriculumConfig, Runs, Sweep
+from mamba3_jax.checks import check_choice
 from mamba3_jax.layers import Mamba3Config
 from mamba3_jax.models import LMConfig
-from mamba3_jax.ops.checks import check_choice
 from mamba3_jax.tasks import TASKS, Batch, Task, get_task, scaled_accuracy
 from mamba3_jax.training.optimizer import OptimizerConfig
 from mamba3_jax.training.run_directory import RunDirectory
 
+# What a shell expects of a command that Ctrl-C ended.
 INTERRUPTED = 130
 # Rows of one forward pass during evaluation; bounds memory, not the result.
 EVALUATION_ROWS = 1024
@@ -48,6 +51,7 @@ class ModelConfig(Mamba3Config):
         super().__post_init__()
         if self.n_layers < 1:
             raise ValueError(f"n_layers: got {self.n_layers}; allowed: a positive integer")
+        check_choice("implementation", self.implementation, ("recurrent", "chunked", None))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,6 +154,34 @@ class Config:
         )
 
 
+def protocol(task: str) -> Config:
+    """The paper's settings (appendix D); where it is silent, this project's defaults."""
+    return Config(
+        model=ModelConfig(d_model=64, n_layers=1 if task == "parity" else 3, d_state=64, head_dim=64),
+        task=task,
+        learning_rates=(1e-4, 1.9e-4, 3.7e-4, 7.2e-4, 1.4e-3, 2.7e-3, 5.2e-3, 1e-2),
+    )
+
+
+# What the protocol leaves open: how a run is watched and seeded, not how it is trained.
+FREE = (
+    *("seed", "n_seeds", "interval", "evaluate_every", "validation_rows", "test_rows"),
+    *("exact_lengths", "uniform_from", "curve_lengths", "model.implementation", "model.chunk_size"),
+)
+# The paper trains both widths.
+ALSO_ALLOWED = {"model.d_model": (32,)}
+
+
+def deviations(config: Config) -> list[str]:
+    """Every setting that differs from the protocol, one line each."""
+    ours, papers = flatten(to_dict(config)), flatten(to_dict(protocol(config.task)))
+    return [
+        f"`{key}` is {value}; the protocol has {papers[key]}"
+        for key, value in ours.items()
+        if key not in FREE and value != papers[key] and value not in ALSO_ALLOWED.get(key, ())
+    ]
+
+
 def main(argv: list[str]) -> int:
     """The command; returns the exit status."""
     command = parse("state_tracking", Config, argv)
@@ -158,17 +190,22 @@ def main(argv: list[str]) -> int:
         directory = RunDirectory(command.results_dir, command.text)
     except ValueError as error:
         fail(str(error))
-    with jax.default_matmul_precision("highest"):
-        return run(command, directory)
+    except OSError as error:
+        fail(f"results_dir: got {command.results_dir} ({error.strerror}); allowed: a folder that can be written")
+    try:
+        with jax.default_matmul_precision("highest"):
+            return run(command, directory)
+    except KeyboardInterrupt:
+        print(f"stopped at once; the same command resumes {directory.path} from its last checkpoint")
+        return INTERRUPTED
 
 
 def run(command: Command[Config], directory: RunDirectory) -> int:
     """Trains until done or interrupted, then reports; resumes whatever the directory holds."""
     config, sweep = command.config, command.config.sweep()
     training = _Training.start(config, sweep, directory)
-    stop = _catch_interrupts()
     validation = _sets(config, VALIDATION_KEY, config.validation_rows)
-    with progress(config.max_steps, training.step) as show:
+    with _interrupts() as stop, progress(config.max_steps, training.step) as show:
         while not training.done(config):
             if stop:
                 training.save(directory)
@@ -251,7 +288,6 @@ class _Training:
                 self.best_validation[i], self.best_step[i] = mine, self.step
         keep = jnp.asarray(better)
 
-
         def newer(new, old):
             return jnp.where(keep.reshape(-1, *[1] * (new.ndim - 1)), new, old)
 
@@ -261,10 +297,11 @@ class _Training:
     def status(self, config: Config) -> dict[str, str]:
         """What the progress bar shows, of the run that is furthest ahead."""
         leader = int(np.lexsort((self.last["accuracy"], self.last["max_length"]))[-1])
+        longest = self.last["max_length"][leader]
         shown = dict(
             loss=f"{self.last['loss'][leader]:.3f}",
             accuracy=f"{100 * self.last['accuracy'][leader]:.1f}%",
-            length=str(self.last["max_length"][leader]),
+            stage=f"{config.curriculum.lengths.index(longest) + 1}/{len(config.curriculum.lengths)} (length {longest})",
         )
         if any(self.best_validation):
             shown[f"best@{config.headline}"] = f"{100 * self.headline(config):.1f}"
@@ -280,17 +317,22 @@ def _use_all_cores() -> None:
         pass  # JAX is already running, with the devices that whoever started it chose.
 
 
-def _catch_interrupts() -> list[int]:
+@contextlib.contextmanager
+def _interrupts() -> Iterator[list[int]]:
     """A list that becomes true at the first Ctrl-C or SIGTERM; the second one interrupts at once."""
     received: list[int] = []
 
     def handler(number, frame):
         received.append(number)
+        print("finishing this interval, to save it; again stops at once", flush=True)
         signal.signal(number, signal.default_int_handler)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, handler)
-    return received
+    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, original in before.items():
+            signal.signal(number, original)
 
 
 def _sets(config: Config, key: int, rows: int) -> dict[str, list[Batch]]:
@@ -336,7 +378,7 @@ def _report(command: Command[Config], sweep: Sweep, training: _Training, directo
     }
     model = sweep.merge(jax.tree.map(lambda p: p[0], parameters))
     turns = report.turns_by_token(model, _rows(config, CURVE_KEY, 64, 64, 64)[0].tokens)
-    summary = report.summarize(command, training, selected, test, curve)
+    summary = report.summarize(command, training, selected, test, curve, deviations(config))
     directory.write("summary.json", json.dumps(summary, indent=2) + "\n")
     report.plot(directory.path / "accuracy.png", config, summary, turns)
     directory.write("report.md", report.render(command, summary))

@@ -5,7 +5,6 @@ Every run has its own parameters, data and place in the curriculum; only the sha
 """
 
 import dataclasses
-import math
 from typing import NamedTuple
 
 import jax
@@ -88,7 +87,9 @@ class Sweep:
 
     def accuracy(self, parameters: nnx.State, batch: Batch) -> Float[Array, " runs"]:
         """Accuracy of every run's answers on one batch."""
-        return _accuracy(self, parameters, batch)
+        # The rows go to other devices than the runs do, if their numbers have other divisors.
+        everywhere = NamedSharding(_sharding(len(batch.tokens)).mesh, PartitionSpec())
+        return _accuracy(self, jax.device_put(parameters, everywhere), batch)
 
     def learning_rates(self, step: int) -> Float[Array, " runs"]:
         """The rate of every run at a step."""
@@ -184,6 +185,6 @@ def _accuracy(sweep: Sweep, parameters: nnx.State, batch: Batch) -> Float[Array,
 
 
 def _sharding(n: int) -> NamedSharding:
-    """A leading axis of n over as many devices as divide it evenly."""
-    devices = jax.devices()[: math.gcd(n, jax.device_count())]
-    return NamedSharding(Mesh(np.array(devices), ("each",)), PartitionSpec("each"))
+    """A leading axis of n over the most devices that divide it evenly."""
+    count = max(d for d in range(1, jax.device_count() + 1) if n % d == 0)
+    return NamedSharding(Mesh(np.array(jax.devices()[:count]), ("each",)), PartitionSpec("each"))

@@ -13,9 +13,6 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 USAGE = "usage: mamba3 experiment NAME --config FILE [--option value ...], or mamba3 experiment --list"
 
-# An interrupted run ends as a shell expects of Ctrl-C.
-INTERRUPTED = 130
-
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import jaxtyping
 import pytest
 
-from mamba3_jax.ops import SSMState, ssm
+from mamba3_jax.ops import SSMState, ssm, ssm_step
 from test_operator import make
 
 
@@ -84,6 +84,27 @@ def test_bad_arguments_are_named(case):
         ssm(**build())
     message = str(error.value)
     assert message.startswith(given) and "; allowed: " in message and allowed in message and "\n" not in message
+
+
+STEP_CASES = {
+    "time axis left in": (lambda a: a | dict(x=a["x"][:, None]), "x: got rank 4", "(b h p)"),
+    "a plain tuple": (lambda a: a | dict(state=tuple(a["state"])), "initial_state: got tuple", "SSMState"),
+    "state of integers": (
+        lambda a: a | dict(state=a["state"].map(lambda u: u.astype(int))),
+        "initial_state.angle: got dtype int32",
+        "floating",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", STEP_CASES)
+def test_bad_arguments_of_a_step_are_named(case):
+    change, given, allowed = STEP_CASES[case]
+    args = make(1)
+    token = {k: v[:, 0] if k in ("x", "B", "C", "dt", "A", "lam", "omega", "z") else v for k, v in args.items()}
+    with pytest.raises((ValueError, TypeError)) as error:
+        ssm_step(**change(token | dict(state=SSMState.zeros(2, 2, 8, 16, s=4))))
+    assert str(error.value).startswith(given) and allowed in str(error.value)
 
 
 @pytest.mark.parametrize("implementation", ["triton", "tpu"])

@@ -1,6 +1,7 @@
 """The README keeps its word: its snippets run, and what it names exists."""
 
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -32,8 +33,11 @@ def test_every_path_in_the_tree_and_in_the_commands_exists():
 
 
 def test_results_in_the_table_are_the_committed_ones():
-    """Each row of the results table that links a report shows that report's headline figure."""
-    rows = re.findall(r"\| ([\d.]+|-[\d.]+) \| \[.*?\]\((results/[^)]+)/report.md\)", README)
+    """Each row of the results table shows the headline figure of the committed report that it links."""
+    rows = re.findall(r"\| (-?[\d.]+) \| \[.*?\]\((results/[^)]+/report.md)\)", README)
     assert rows
-    for figure, directory in rows:
-        assert f" {figure} +- " in (ROOT / directory / "report.md").read_text(), directory
+    for figure, report in rows:
+        committed = subprocess.run(["git", "show", f"HEAD:{report}"], cwd=ROOT, capture_output=True, text=True)
+        if committed.returncode:
+            pytest.skip("needs a git checkout, which knows the committed report from your own run's")
+        assert f" {figure} +- " in committed.stdout, report

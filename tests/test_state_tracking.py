@@ -26,6 +26,12 @@ from mamba3_jax.training.run_directory import RunDirectory
 
 ROOT = Path(__file__).resolve().parent.parent
 
+
+def git(*argv: str) -> str:
+    """What git says of this checkout; nothing where there is none."""
+    return subprocess.run(["git", *argv], cwd=ROOT, capture_output=True, text=True).stdout
+
+
 TINY = """
 task: parity
 supervision: every
@@ -60,14 +66,8 @@ def finished(tiny, tmp_path_factory) -> Path:
 
 
 def _run(config: Path, directory: Path, *options: str) -> int:
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        return cli.main(
-            ["experiment", "state_tracking", "--config", str(config), "--results_dir", str(directory), *options]
-        )
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+    argv = ["experiment", "state_tracking", "--config", str(config), "--results_dir", str(directory), *options]
+    return cli.main(argv)
 
 
 def test_a_run_leaves_everything_that_the_readme_promises(finished):
@@ -154,6 +154,7 @@ BAD_OPTIONS = {
     "supervision that is not defined": (
         ["--task", "modular_arithmetic_brackets", "--uniform_from", "8"], "supervision: got 'every'", "'final'",
     ),
+    "kernel that is not there": (["--model.implementation", "triton"], "implementation: got 'triton'", "'chunked'"),
     "missing file": (["--config", "nowhere.yaml"], "nowhere.yaml", "not exist"),
 }  # fmt: skip
 
@@ -166,6 +167,14 @@ def test_a_bad_option_is_one_line_and_status_2(tiny, case, capsys, tmp_path):
     message = capsys.readouterr().err
     assert error.value.code == 2 and message.count("\n") == 1 and given in message and allowed in message
     assert not (tmp_path / "never").exists()
+
+
+def test_a_directory_that_cannot_be_is_one_line_and_status_2(tiny, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit) as error:
+        _run(tiny, tmp_path / "file" / "below")
+    message = capsys.readouterr().err
+    assert error.value.code == 2 and message.count("\n") == 1 and message.startswith("results_dir: got")
 
 
 def test_an_unknown_key_in_a_file_is_named(tmp_path, capsys):
@@ -205,22 +214,50 @@ def test_every_config_in_the_tree_is_valid_and_names_known_keys(path):
 def test_the_paper_config_deviates_from_the_protocol_nowhere():
     path = ROOT / "configs" / "state_tracking" / "parity.yaml"
     config = command.parse("state_tracking", state_tracking.Config, ["--config", str(path)]).config
-    assert report.deviations(config) == []
+    assert state_tracking.deviations(config) == []
 
 
-def test_committed_results_are_of_the_committed_configs():
-    """results/<name> was made by configs/state_tracking/<name>.yaml as it stands."""
-    found = 0
-    for directory in (ROOT / "results").glob("*"):
-        path = ROOT / "configs" / "state_tracking" / f"{directory.name.split(',')[0]}.yaml"
-        if not path.exists():
+def test_every_deviation_is_named():
+    """Change any option that the protocol does not leave free, and the report says so."""
+    path = ROOT / "configs" / "state_tracking" / "parity.yaml"
+    for option in ("--optimizer.b2=0.5", "--max_steps=500", "--model.d_state=8", "--curriculum.gate_accuracy=0.5"):
+        argv = ["--config", str(path), option]
+        config = command.parse("state_tracking", state_tracking.Config, argv).config
+        key = option.lstrip("-").split("=")[0]
+        assert [line.split("`")[1] for line in state_tracking.deviations(config)] == [key]
+
+
+COMMITTED = sorted(git("ls-files", "results/*/summary.json").split())
+
+
+@pytest.mark.skipif(not COMMITTED, reason="needs a git checkout, which knows the committed results from your own")
+def test_committed_results_are_of_the_committed_configs(tmp_path):
+    """Of state tracking: parity_cpu was made by the config as it stands, and each names all its deviations."""
+    seen = set()
+    for name in COMMITTED:
+        summary = json.loads(git("show", f"HEAD:{name}"))
+        if "task" not in summary:
             continue
-        overrides = [f"--{part}" for part in directory.name.split(",")[1:]]
-        parsed = command.parse("state_tracking", state_tracking.Config, ["--config", str(path), *overrides])
-        assert (directory / "config.yaml").read_text() == parsed.text, directory
-        assert json.loads((directory / "summary.json").read_text())["deviations"] == report.deviations(parsed.config)
-        found += 1
-    assert found > 0
+        text = git("show", f"HEAD:{Path(name).parent}/config.yaml")
+        (tmp_path / "config.yaml").write_text(text)
+        parsed = command.parse("state_tracking", state_tracking.Config, ["--config", str(tmp_path / "config.yaml")])
+        assert parsed.text == text and summary["deviations"] == state_tracking.deviations(parsed.config), name
+        seen.add(text)
+    path = ROOT / "configs" / "state_tracking" / "parity_cpu.yaml"
+    assert command.parse("state_tracking", state_tracking.Config, ["--config", str(path)]).text in seen
+
+
+@pytest.mark.parametrize("runs, rows", [(2, 16), (3, 16), (4, 6)])
+def test_runs_and_rows_spread_over_whatever_devices_divide_them(runs, rows):
+    """2, 3 and 4 runs, evaluated on rows of other divisors, over the 4 devices of the tests."""
+    assert jax.device_count() == 4
+    sweep = _sweep(peaks=(1e-2,) * runs, seeds=tuple(range(runs)), curriculum=CurriculumConfig((4,)))
+    trained, metrics = sweep.train(sweep.init(), 1)
+    assert len(trained.stage.sharding.device_set) == runs and metrics.loss.shape == (runs,)
+    batch = sweep.task.sample(jax.random.key(0), rows, 4, 4)
+    expected = [answers_correct(sweep.merge(jax.tree.map(lambda p: p[i], trained.parameters))(batch.tokens)[0], batch)
+                for i in range(runs)]  # fmt: skip
+    np.testing.assert_allclose(sweep.accuracy(trained.parameters, batch), np.mean(expected, axis=1), atol=1e-6)
 
 
 def _sweep(**changes) -> Sweep:

@@ -20,6 +20,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from mamba3_jax.checks import check_array, check_choice, check_rank
 from mamba3_jax.layers.conv import CausalConv
 from mamba3_jax.layers.norm import RMSNorm, rms_norm
 from mamba3_jax.layers.parameters import Undecayed, inverse_softplus, linear, log_uniform
@@ -33,7 +34,6 @@ from mamba3_jax.ops import (
     rope_frequencies,
     ssm,
 )
-from mamba3_jax.ops.checks import check_choice
 
 AActivation = Literal["softplus", "heavy_tail"]
 BiasInit = Literal["ones", "zeros", "uniform", "symmetric"]
@@ -178,6 +178,7 @@ class Mamba3(nnx.Module):
     ):
         h, r, p, n = config.nheads, config.rank, config.head_dim, config.d_state
         self.config = config
+        self.dtype = jnp.dtype(dtype)
         self.in_proj = linear(config.d_model, sum(config.projection_sizes.values()), rngs=rngs, dtype=dtype)
         dt = jnp.maximum(log_uniform(rngs.params(), (h,), config.dt_min, config.dt_max), DT_FLOOR)
         self.dt_bias = Undecayed(inverse_softplus(dt))
@@ -207,6 +208,10 @@ class Mamba3(nnx.Module):
     ) -> tuple[Float[Array, "b t d"], MixerState]:
         """Mixes whole sequences; `state` continues them, `segment_ids` keeps packed documents apart (see `ops.ssm`)."""
         cfg = self.config
+        b, t, _ = check_rank("u", u, "b t d")
+        check_array("u", u, "b t d", dict(b=b, t=t, d=cfg.d_model))
+        if state is not None and (state.conv is None) != (cfg.conv_width == 0):
+            raise ValueError(f"state: got one of another config; allowed: of conv_width {cfg.conv_width}")
         parts = self._project(u)
         tail = None
         if cfg.conv_width:
@@ -258,7 +263,8 @@ class Mamba3(nnx.Module):
     def _project(self, u):
         """in_proj(u) in its parts. The kernel is cut, not the product: z and x come out contiguous, without a copy."""
         sizes = self.config.projection_sizes
-        kernel = self.in_proj.kernel[...].astype(u.dtype)
+        u = u.astype(self.dtype)
+        kernel = self.in_proj.kernel[...].astype(self.dtype)
         z, x, rest = jnp.split(kernel, [sizes["z"], sizes["z"] + sizes["x"]], axis=1)
         names = list(sizes)[2:]
         ends = np.cumsum([sizes[name] for name in names])[:-1]

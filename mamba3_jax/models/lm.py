@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from mamba3_jax.checks import check_array, check_choice, check_rank
 from mamba3_jax.layers import Mamba3, Mamba3Config, MixerState, RMSNorm, SwiGLU
-from mamba3_jax.ops.checks import check_choice
 
 Cache = tuple[MixerState, ...]
 EMBEDDING_STD = 0.02
@@ -102,6 +102,10 @@ class LM(nnx.Module):
             cache: what an earlier call returned; None starts from nothing. A call in pieces equals one call.
             segment_ids: document of each token, non-decreasing along t; documents do not see each other.
         """
+        b, t = check_rank("tokens", tokens, "b t")
+        check_array("tokens", tokens, "b t", dict(b=b, t=t), kind=jnp.integer)
+        if cache is not None and len(cache) != len(self.blocks):
+            raise ValueError(f"cache: got {len(cache)} layers; allowed: the model's {len(self.blocks)}")
         x = self.embedding[...][tokens]
         states = []
         for i, block in enumerate(self.blocks):

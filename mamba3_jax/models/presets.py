@@ -6,9 +6,9 @@ MIMO's MLP is narrower, so that both have the same number of parameters.
 
 from typing import NamedTuple
 
+from mamba3_jax.checks import check_choice
 from mamba3_jax.layers import Mamba3Config
 from mamba3_jax.models.lm import LMConfig
-from mamba3_jax.ops.checks import check_choice
 
 LLAMA3_VOCAB_SIZE = 128256
 MIMO_RANK = 4

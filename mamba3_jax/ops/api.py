@@ -22,8 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from mamba3_jax.checks import check_array, check_choice, check_rank
 from mamba3_jax.ops import output
-from mamba3_jax.ops.checks import check_array, check_choice, check_rank
 from mamba3_jax.ops.chunked import chunked, default_chunk_size
 from mamba3_jax.ops.discretization import exponential_trapezoidal
 from mamba3_jax.ops.inputs import Inputs
@@ -149,8 +149,11 @@ def ssm_step(
     Start from `SSMState.zeros` or from the state that a prefill with `ssm` returned.
     """
 
+    for name, value, letters in (("x", x, "b h p"), ("B", B, "b r g n"), ("C", C, "b r g n"), ("dt", dt, "b h")):
+        check_rank(name, value, letters)
+
     def with_time(u):
-        return u[:, None] if isinstance(u, jax.Array) and u.ndim > 1 else u
+        return u[:, None] if getattr(u, "ndim", 0) > 1 else u
 
     y, state = ssm(
         *map(with_time, (x, B, C, dt, A, lam, omega)),
@@ -203,12 +206,12 @@ class _Call(NamedTuple):
 
 
 def _prepare_state(state: SSMState | None, call: _Call) -> SSMState:
-    shapes = SSMState.shapes(call.b, call.h, call.p, call.n, call.r, call.s)
     if state is None:
         return SSMState.zeros(call.b, call.h, call.p, call.n, call.r, call.s, call.dtype)
-    for name, value, shape in zip(SSMState._fields, state, shapes):
-        if value.shape != shape:
-            raise ValueError(f"initial_state.{name}: got shape {value.shape}; allowed: {shape} for these inputs")
+    if not isinstance(state, SSMState):
+        raise TypeError(f"initial_state: got {type(state).__name__}; allowed: SSMState, or None")
+    for name, letters in zip(SSMState._fields, ("b h s", "b h p n", "b h r n", "b h p")):
+        check_array(f"initial_state.{name}", getattr(state, name), letters, call._asdict())
     state = state.map(lambda a: a.astype(call.dtype))
     return state._replace(
         ssm=to_pair_order(state.ssm, call.s, call.pairing), k=to_pair_order(state.k, call.s, call.pairing)
@@ -252,7 +255,7 @@ def _check(
         raise ValueError(f"lam: got {lam}; allowed: an array (b, t, h) or a number from 0 to 1")
     if t == 0:
         raise ValueError("x: got t=0 tokens; allowed: at least 1")
-    if h % g:
+    if g < 1 or h % g:
         raise ValueError(f"B: got ngroups g={g}; allowed: a divisor of the h={h} heads of x")
     if n % 2:
         raise ValueError(f"B: got state size n={n}; allowed: an even n, because channels turn in pairs")

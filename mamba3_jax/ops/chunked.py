@@ -19,8 +19,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from mamba3_jax.ops.discretization import next_carry
-from mamba3_jax.ops.inputs import Inputs, expand_ranks, per_head, turns
-from mamba3_jax.ops.rotation import rotate, rotate_by, wrap
+from mamba3_jax.ops.inputs import Inputs, expand_ranks, per_head
+from mamba3_jax.ops.rotation import rotate, rotate_by, turns, wrap
 from mamba3_jax.ops.state import SSMState
 
 # log alpha is split at this grain into a part whose float32 sums are exact (up to 2^21 in magnitude) and a remainder of

@@ -6,7 +6,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from mamba3_jax.ops.discretization import Coefficients
-from mamba3_jax.ops.rotation import wrap
 
 
 class Inputs(NamedTuple):
@@ -25,11 +24,6 @@ class Inputs(NamedTuple):
     clock: Float[Array, "b t h"]
     mimo_x: Float[Array, "h r p"] | None
     segment_ids: Int[Array, "b t"] | None
-
-
-def turns(omega: Float[Array, "*batch hh s"], clock: Float[Array, "*batch h"]) -> Float[Array, "*batch h s"]:
-    """The angle each token adds, in [-pi, pi]: wrapped before anything is summed, to keep float32 sums small."""
-    return wrap(omega * clock[..., None])
 
 
 def per_head(

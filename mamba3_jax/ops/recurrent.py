@@ -17,8 +17,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Complex, Float
 
 from mamba3_jax.ops.discretization import Coefficients, document_starts
-from mamba3_jax.ops.inputs import Inputs, expand_ranks, per_head, turns
-from mamba3_jax.ops.rotation import rotate, split_pairs, wrap
+from mamba3_jax.ops.inputs import Inputs, expand_ranks, per_head
+from mamba3_jax.ops.rotation import rotate, split_pairs, turns, wrap
 from mamba3_jax.ops.state import SSMState
 
 

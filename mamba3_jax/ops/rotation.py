@@ -42,6 +42,11 @@ def wrap(angle: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     return (angle - turns * TWO_PI_HIGH) - turns * TWO_PI_LOW
 
 
+def turns(omega: Float[Array, "*batch hh s"], clock: Float[Array, "*batch h"]) -> Float[Array, "*batch h s"]:
+    """The angle each token adds, in [-pi, pi]: wrapped before anything is summed, to keep float32 sums small."""
+    return wrap(omega * clock[..., None])
+
+
 def rotate(u: Float[Array, "*#shape n"], angle: Float[Array, "*#shape s"]) -> Float[Array, "*#shape n"]:
     """R(angle) u for u in pair order; `angle` broadcasts against all axes of `u` but the last."""
     return rotate_by(u, jnp.cos(angle), jnp.sin(angle))

@@ -9,8 +9,8 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from mamba3_jax.checks import check_choice
 from mamba3_jax.layers import Undecayed
-from mamba3_jax.ops.checks import check_choice
 
 Schedule = Literal["cosine", "constant"]
 
