@@ -6,7 +6,8 @@ DIR holds another package to time in the same run, in a process of its own, beca
 
     uv pip install --no-deps --target build/peer mamba3-jax==1.0.1
 
-Every figure is the median of `repeats` calls on random float32 inputs; memory is the compiler's temp_size_in_bytes.
+Every figure is the median of `repeats` calls on random float32 inputs; memory is the compiler's temp_size_in_bytes. A
+results directory holds summary.json and report.md.
 """
 
 import dataclasses
@@ -23,10 +24,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.command import fail
+from experiments.command import Command, fail, parse, results_folder
 
-PEER_SHAPE = dict(b=2, t=2048, h=8, p=64, n=64)
-LENGTHS = (1024, 4096, 16384, 65536)
+COLUMNS = ("forward_ms", "forward_backward_ms", "forward_temp_mb", "forward_backward_temp_mb")
+# Of the rows whose cost per token is compared.
+HEADS = 4
 # Two float32 forms of one function differ by rounding only.
 SAME_FUNCTION = 1e-4
 
@@ -38,12 +40,29 @@ class Config:
     Attributes:
         peer: folder with the package mamba3-jax 1.0.1, or None.
         chunk_sizes: chunk sizes to try beside the default.
+        b, t, h, p, n: the shape that is timed, beside the peer if there is one.
+        lengths: rows whose cost per token is compared, of 4 heads.
         repeats: calls per figure.
     """
 
     peer: str | None = None
     chunk_sizes: tuple[int, ...] = ()
+    b: int = 2
+    t: int = 2048
+    h: int = 8
+    p: int = 64
+    n: int = 64
+    lengths: tuple[int, ...] = (1024, 4096, 16384, 65536)
     repeats: int = 15
+
+    def __post_init__(self):
+        for name in ("b", "t", "h", "p", "n", "repeats"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: got {getattr(self, name)}; allowed: a positive integer")
+
+    @property
+    def shape(self) -> dict[str, int]:
+        return dict(b=self.b, t=self.t, h=self.h, p=self.p, n=self.n)
 
 
 def inputs(b: int, t: int, h: int, p: int, n: int) -> dict[str, jax.Array]:
@@ -118,54 +137,75 @@ def measure(run, arrays: dict[str, jax.Array], repeats: int) -> dict[str, float]
 
 def main(argv: list[str]) -> int:
     """The command; returns the exit status."""
-    import jsonargparse
-
-    parser = jsonargparse.ArgumentParser(prog="mamba3 experiment chunked_latency", exit_on_error=False)
-    parser.add_class_arguments(Config)
-    try:
-        config = Config(**vars(parser.parse_args(argv)))
-    except (jsonargparse.ArgumentError, TypeError, ValueError) as error:
-        fail(" ".join(str(error).split()))
-    print(f"jax {jax.__version__}, {jax.devices()[0].device_kind}, {os.cpu_count()} cores, float32, {PEER_SHAPE}")
-    ratio_base = _row("chunked", measure(ours(), inputs(**PEER_SHAPE), config.repeats))
+    command = parse("chunked_latency", Config, argv)
+    config, folder = command.config, results_folder(command)
+    forms = {"chunked": measure(ours(), inputs(**config.shape), config.repeats)}
     for size in config.chunk_sizes:
-        _row(f"chunked, chunk {size}", measure(ours(size), inputs(**PEER_SHAPE), config.repeats))
+        forms[f"chunked, chunk {size}"] = measure(ours(size), inputs(**config.shape), config.repeats)
     if config.peer is not None:
-        peer = _row("mamba3-jax 1.0.1", _measure_peer(Path(config.peer), config.repeats))
-        for key, value in peer.items():
-            print(f"  {key}: chunked is {value / ratio_base[key]:.2f}x better")
-    print("cost per token, b=1 h=4 p=64 n=64, nanoseconds per token and head:")
-    for t in LENGTHS:
-        figures = measure(ours(), inputs(1, t, 4, 64, 64), config.repeats)
-        per_token = {k: 1e6 * v / (4 * t) for k, v in figures.items() if k.endswith("_ms")}
-        print(f"  t={t:6d}  forward {per_token['forward_ms']:7.1f}  both {per_token['forward_backward_ms']:7.1f}")
+        forms["mamba3-jax 1.0.1"] = _measure_peer(Path(config.peer), config)
+    per_token = {}
+    for t in config.lengths:
+        figures = measure(ours(), inputs(1, t, HEADS, 64, 64), config.repeats)
+        per_token[t] = {k: 1e6 * v / (HEADS * t) for k, v in figures.items() if k.endswith("_ms")}
+    device = f"{jax.devices()[0].device_kind} ({jax.default_backend()}), {os.cpu_count()} cores"
+    summary = dict(command=command.line, device=device, jax=jax.__version__, forms=forms, per_token_ns=per_token)
+    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    (folder / "report.md").write_text(render(command, summary))
+    print((folder / "report.md").read_text())
     return 0
 
 
-def _row(name: str, figures: dict[str, float]) -> dict[str, float]:
-    print(f"{name:24s}" + "  ".join(f"{key} {value:.1f}" for key, value in figures.items()), flush=True)
-    return figures
+def render(command: Command[Config], summary: dict) -> str:
+    """report.md."""
+    config, ours = command.config, summary["forms"]["chunked"]
+    shape = " ".join(f"{name}={size}" for name, size in config.shape.items())
+    lines = [
+        "# The chunked form",
+        "",
+        f"    {summary['command']}",
+        "",
+        f"float32, {shape}, on {summary['device']}, jax {summary['jax']}; medians of {config.repeats} calls on random "
+        "inputs. In brackets how many times the chunked form's own figure it is.",
+        "",
+        "| | forward, ms | forward + backward, ms | temporaries of forward, MB | of both, MB |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for name, figures in summary["forms"].items():
+        times = "" if name == "chunked" else " ({:.2f}x)"
+        cells = [f"{figures[key]:.1f}{times.format(figures[key] / ours[key])}" for key in COLUMNS]
+        lines.append("| " + " | ".join([name, *cells]) + " |")
+    lines += [
+        "",
+        f"Cost per token and head as rows grow, b=1 h={HEADS} p=64 n=64:",
+        "",
+        "| row, tokens | forward, ns | forward + backward, ns |",
+        "| --- | --- | --- |",
+    ]
+    for t, figures in summary["per_token_ns"].items():
+        lines.append(f"| {t} | {figures['forward_ms']:.0f} | {figures['forward_backward_ms']:.0f} |")
+    return "\n".join([*lines, ""])
 
 
-def _measure_peer(folder: Path, repeats: int) -> dict[str, float]:
+def _measure_peer(folder: Path, config: Config) -> dict[str, float]:
     if not (folder / "mamba3_jax").is_dir():
         fail(f"peer: got {folder}, which holds no mamba3_jax; allowed: the folder that --target named")
     code = (
         f"import sys, json; sys.path[:0] = [{str(folder.resolve())!r}, {str(Path(__file__).parent.parent)!r}]\n"
         "import mamba3_jax.modeling, numpy\n"
         "from experiments import chunked_latency as c\n"
-        "arrays = c.inputs(**c.PEER_SHAPE)\n"
+        f"arrays = c.inputs(**{config.shape})\n"
         "numpy.save(sys.argv[1], c.jax.jit(c.peers())(arrays))\n"
-        f"print(json.dumps(c.measure(c.peers(), arrays, {repeats})))"
+        f"print(json.dumps(c.measure(c.peers(), arrays, {config.repeats})))"
     )
     with tempfile.TemporaryDirectory() as scratch:
         saved = Path(scratch) / "y.npy"
         run = subprocess.run([sys.executable, "-c", code, saved], capture_output=True, text=True, check=False)
         if run.returncode:
             fail(f"peer: got {folder}, which failed: {run.stderr.strip().splitlines()[-1]}")
-        theirs, mine = np.load(saved), np.asarray(jax.jit(ours())(inputs(**PEER_SHAPE)))
+        theirs, mine = np.load(saved), np.asarray(jax.jit(ours())(inputs(**config.shape)))
     difference = np.max(np.abs(theirs - mine)) / np.max(np.abs(mine))
-    print(f"  both compute the same function: largest difference {difference:.1e} of the largest output")
+    print(f"both compute the same function: largest difference {difference:.1e} of the largest output")
     if difference > SAME_FUNCTION:
         fail(f"peer: got outputs that differ by {difference:.1e}; allowed: {SAME_FUNCTION:.0e}")
     return json.loads(run.stdout.splitlines()[-1])

@@ -13,26 +13,45 @@ RESULTS = Path("results")
 
 @dataclasses.dataclass(frozen=True)
 class Command[Config]:
-    """A parsed command line: the configuration, its canonical text, where results go, and how to repeat it."""
+    """A parsed command line.
+
+    Attributes:
+        config: the configuration.
+        text: the configuration's canonical text.
+        results_dir: where results go.
+        line: how to repeat it.
+        only: of an experiment with several cells, those whose name matches the pattern.
+        smoke: whether everything is shrunk until it runs in seconds and means nothing.
+    """
 
     config: Config
     text: str
     results_dir: Path
     line: str
+    only: str = "*"
+    smoke: bool = False
 
 
-def parse[Config](name: str, config_class: type[Config], argv: list[str]) -> Command[Config]:
+def parse[Config](name: str, config_class: type[Config], argv: list[str], *, cells: bool = False) -> Command[Config]:
     """Reads `--config FILE`, then `--dotted.option value` overrides, then `--results_dir DIR`.
 
     Results go to results/<name of the file>, with the overridden options in the name, unless told otherwise.
 
+    Args:
+        name: the experiment's.
+        config_class: a frozen dataclass that validates itself.
+        argv: what followed the name.
+        cells: whether the experiment has several cells, and so the options `--only PATTERN` and `--smoke`.
+
     Raises:
         SystemExit: status 2 after one line on stderr, for a bad option, value or file.
     """
-    parser = jsonargparse.ArgumentParser(prog=f"mamba3 experiment {name}", exit_on_error=False, allow_abbrev=False)
+    parser = _parser(name, config_class)
     parser.add_argument("--config", action="config", help="YAML file with any of the options below")
     parser.add_argument("--results_dir", type=str, default=None, help="default: results/<config>[,option=value...]")
-    parser.add_class_arguments(config_class)
+    if cells:
+        parser.add_argument("--only", type=str, default="*", help="run the cells whose name matches the pattern")
+        parser.add_argument("--smoke", action="store_true", help="a few tiny steps of everything, in seconds")
     try:
         parsed = parser.parse_args(argv)
         config = _instantiate(parser, parsed, config_class)
@@ -42,8 +61,52 @@ def parse[Config](name: str, config_class: type[Config], argv: list[str]) -> Com
     except (jsonargparse.ArgumentError, ValueError, TypeError) as error:
         fail(_one_line(error, config_class))
     directory = parsed.results_dir or RESULTS / _default_name(name, files, to_dict(base), to_dict(config))
-    line = shlex.join(["uv", "run", "mamba3", "experiment", name, *argv])
-    return Command(config, yaml.safe_dump(to_dict(config), sort_keys=False), Path(directory), line)
+    line = shlex.join(["uv", "run", "mamba3", "experiment", name, *_without("--only", argv)])
+    options = dict(only=parsed.only, smoke=parsed.smoke) if cells else {}
+    return Command(config, _text(config), Path(directory), line, **options)
+
+
+def from_dict[Config](config_class: type[Config], values: dict, what: str) -> tuple[Config, str]:
+    """A configuration and its canonical text from nested options.
+
+    Raises:
+        SystemExit: status 2 after one line on stderr that begins with `what`.
+    """
+    parser = _parser(what, config_class)
+    try:
+        config = _instantiate(parser, parser.parse_object(values), config_class)
+    except (jsonargparse.ArgumentError, ValueError, TypeError) as error:
+        fail(f"{what}: {_one_line(error, config_class)}")
+    return config, _text(config)
+
+
+def _parser(name: str, config_class: type) -> jsonargparse.ArgumentParser:
+    parser = jsonargparse.ArgumentParser(prog=f"mamba3 experiment {name}", exit_on_error=False, allow_abbrev=False)
+    parser.add_class_arguments(config_class)
+    return parser
+
+
+def _text(config) -> str:
+    return yaml.safe_dump(to_dict(config), sort_keys=False)
+
+
+def _without(option: str, argv: list[str]) -> list[str]:
+    """A command line without an option and its value."""
+    kept, skip = [], False
+    for word in argv:
+        if not skip and word != option and not word.startswith(f"{option}="):
+            kept.append(word)
+        skip = word == option
+    return kept
+
+
+def results_folder(command: Command) -> Path:
+    """The results directory, made if it is not there; one line and status 2 if it cannot be."""
+    try:
+        command.results_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(f"results_dir: got {command.results_dir} ({error.strerror}); allowed: a folder that can be written")
+    return command.results_dir
 
 
 def fail(message: str) -> None:

@@ -1,4 +1,4 @@
-"""What a state-tracking sweep leaves behind: summary.json, a figure, and a report that names every deviation."""
+"""What a sweep leaves behind: summary.json, a figure, and a report that names every deviation from a protocol."""
 
 import platform
 from importlib.metadata import version
@@ -16,39 +16,63 @@ from mamba3_jax.tasks import get_task, scaled_accuracy
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (after the backend is chosen)
 
-# Table 5b, scaled accuracy in percent, for the tasks that it has.
-PAPER = {"parity": 100.00, "modular_arithmetic": 98.51, "modular_arithmetic_brackets": 87.75}
-
 
 def summarize(
-    command, training, selected: int, test: dict[str, float], curve: dict[int, float], deviations: list[str]
+    command,
+    training,
+    chosen: list[int],
+    test: dict[str, dict],
+    rows: dict[str, int],
+    curve: dict[int, dict],
+    deviations: list[str] | None,
 ) -> dict:
-    """All figures of the report, as plain values. Accuracies are fractions, `scaled` is in percent."""
+    """All figures of the report, as plain values. Accuracies are fractions, `scaled` is in percent, losses in nats.
+
+    Args:
+        command: the parsed command line.
+        training: the finished sweep.
+        chosen: each seed's best run by validation.
+        test: accuracy and loss of the chosen runs on each test set.
+        rows: of each test set.
+        curve: of the best of them at each further length.
+        deviations: from a published protocol; None if there is none.
+    """
     config = command.config
     chance = get_task(config.task).chance
     runs = [
         dict(learning_rate=rate, seed=seed, best_step=training.best_step[i], validation=training.best_validation[i],
-             max_length=training.last["max_length"][i])
+             max_length=training.last["max_length"][i], failed=i in training.last["failed"])
         for i, (rate, seed) in enumerate(config.pairs)
     ]  # fmt: skip
+    selected = training.selected
 
-    def score(accuracy: float, rows: int) -> dict[str, float]:
+    def score(accuracy: float, loss: float, rows: int) -> dict[str, float]:
         error = np.sqrt(accuracy * (1 - accuracy) / rows) / (1 - chance)
         scaled = scaled_accuracy(accuracy, chance)
-        return dict(accuracy=accuracy, scaled=100 * scaled, standard_error=100 * float(error), rows=rows)
+        return dict(
+            accuracy=accuracy, loss=loss, scaled=100 * scaled, standard_error=100 * float(error), rows=rows
+        )
 
+    def scores(values: dict, rows: int) -> list[dict[str, float]]:
+        return [score(*pair, rows) for pair in zip(values["accuracy"], values["loss"])]
+
+    tested = {name: scores(values, rows[name]) for name, values in test.items()}
     return dict(
         task=config.task,
+        model=config.model.mixer,
         headline=config.headline,
         command=command.line,
         selected=runs[selected],
-        test={name: score(accuracy, config.test_rows) for name, accuracy in test.items()},
-        curve={str(length): score(accuracy, config.validation_rows) for length, accuracy in curve.items()},
+        test={name: values[chosen.index(selected)] for name, values in tested.items()},
+        seeds=[
+            dict(run=runs[i], test={name: values[k] for name, values in tested.items()}) for k, i in enumerate(chosen)
+        ],
+        curve={str(length): scores(values, config.validation_rows)[0] for length, values in curve.items()},
         runs=runs,
         deviations=deviations,
         steps=training.step,
         seconds=round(training.seconds, 1),
-        device=f"{jax.devices()[0].device_kind} ({jax.default_backend()}), {platform.machine()}",
+        device=f"{jax.device_count()} x {jax.devices()[0].device_kind} ({jax.default_backend()}), {platform.machine()}",
         versions={name: version(name) for name in ("jax", "flax", "optax", "numpy")},
     )
 
@@ -65,7 +89,7 @@ def headline(summary: dict) -> str:
 
 def render(command, summary: dict) -> str:
     """report.md."""
-    config, paper = command.config, PAPER.get(summary["task"])
+    config = command.config
     chance = get_task(config.task).chance
     chosen = summary["selected"]
     lines = [
@@ -75,21 +99,24 @@ def render(command, summary: dict) -> str:
         "",
         headline(summary) + ".",
         f"Trained on rows of at most {chosen['max_length']} tokens, of a curriculum up to "
-        f"{config.curriculum.lengths[-1]}; chance is {100 * chance:.0f}% accuracy, which is 0 scaled.",
+        f"{config.curriculum.lengths[-1]}; chance is {100 * chance:.3g}% accuracy, which is 0 scaled.",
         "",
-        "| rows of length | scaled accuracy, % | standard error | accuracy, % | test rows | paper, table 5b |",
+        "| rows of length | scaled accuracy, % | standard error | accuracy, % | loss, nats | test rows |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for name, score in summary["test"].items():
-        target = f"{paper:.2f}" if name == summary["headline"] and paper is not None else "-"
         lines.append(
             f"| {name} | {score['scaled']:.2f} | {score['standard_error']:.2f} | {100 * score['accuracy']:.2f} "
-            f"| {score['rows']} | {target} |"
+            f"| {score['loss']:.4f} | {score['rows']} |"
         )
     lines += [
         "",
         f"Selected by validation at length {summary['headline']} (never by the test set): learning rate "
         f"{chosen['learning_rate']:g}, seed {chosen['seed']}, step {chosen['best_step']}.",
+    ]
+    if len(summary["seeds"]) > 1:
+        lines += ["", f"Each seed's best run by validation, tested: {seeds_text(summary)}."]
+    lines += [
         "",
         "![accuracy against length, and the learned turn per token](accuracy.png)",
         "",
@@ -100,11 +127,15 @@ def render(command, summary: dict) -> str:
     ]
     for run in summary["runs"]:
         best = run["validation"].get(summary["headline"])
-        shown = "-" if best is None else f"{100 * scaled_accuracy(best, chance):.2f}"
+        shown = "-" if best is None else f"{100 * scaled_accuracy(best['accuracy'], chance):.2f}"
+        shown += ", then failed (a loss or gradient that is not finite)" if run["failed"] else ""
         cells = (f"{run['learning_rate']:g}", run["seed"], shown, run["best_step"], run["max_length"])
         lines.append("| " + " | ".join(map(str, cells)) + " |")
-    lines += ["", "## Deviations from the paper's protocol (appendix D)", ""]
-    lines += [f"- {line}" for line in summary["deviations"]] or ["None."]
+    if summary["deviations"] is not None:
+        lines += ["", "## Deviations from the paper's protocol (appendix D)", ""]
+        lines += [f"- {line}" for line in summary["deviations"]] or ["None."]
+    if not config.curriculum.exact:
+        lines += ["", PAIRS]
     lines += [
         "",
         f"Trained for {summary['steps']} steps of {config.batch_size} rows, {len(summary['runs'])} runs at once, in "
@@ -114,6 +145,20 @@ def render(command, summary: dict) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+# A property of the data stream that the protocol does not have, so it is said in every report.
+PAIRS = (
+    "Training rows come in pairs of lengths n and shortest + longest - n that share a padded row: every row's length "
+    "is uniform, as in the protocol, and the two of a pair depend on each other."
+)
+
+
+def seeds_text(summary: dict) -> str:
+    """Mean, standard deviation over seeds, and each seed's headline, scaled."""
+    values = [seed["test"][summary["headline"]]["scaled"] for seed in summary["seeds"]]
+    each = ", ".join(f"{value:.2f}" for value in values)
+    return f"mean {np.mean(values):.2f}, standard deviation {np.std(values, ddof=1):.2f} ({each})"
 
 
 def turns_by_token(model: LM, tokens: Int[Array, "b t"]) -> Float[Array, "layers vocab hs"]:
@@ -132,9 +177,11 @@ def turns_by_token(model: LM, tokens: Int[Array, "b t"]) -> Float[Array, "layers
     return jnp.stack(layers) if layers else jnp.zeros((0, model.config.vocab_size, 0))
 
 
-def plot(path: Path, config, summary: dict, turns: Float[Array, "layers vocab hs"]) -> None:
+def plot(path: Path, summary: dict, turns: Float[Array, "layers vocab hs"] | None) -> None:
     """accuracy.png: accuracy against length with the training range shaded, and the learned turn per token."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    figure, axes = plt.subplots(1, 1 if turns is None else 2, figsize=(11 if turns is not None else 6, 4.2),
+                                layout="constrained", squeeze=False)  # fmt: skip
+    left = axes[0, 0]
     measured = summary["curve"] | {name: score for name, score in summary["test"].items() if name.isdigit()}
     lengths = sorted(map(int, measured))
     scores = [measured[str(length)] for length in lengths]
@@ -145,17 +192,13 @@ def plot(path: Path, config, summary: dict, turns: Float[Array, "layers vocab hs
         color="black", marker="o", markersize=4, capsize=2, label="best run by validation (2 standard errors)",
     )  # fmt: skip
     left.set(xlabel="row length, tokens", ylabel="scaled accuracy, %", xlim=(0, lengths[-1] * 1.02), ylim=(-15, 107))
-    left.set_title(f"{summary['task']}: {command_name(summary)}")
+    chosen = summary["selected"]
+    left.set_title(f"{summary['task']}: learning rate {chosen['learning_rate']:g}, seed {chosen['seed']}")
     left.legend(loc="center left", fontsize=8)
-    _plot_turns(right, get_task(config.task).symbols, np.asarray(turns))
+    if turns is not None:
+        _plot_turns(axes[0, 1], get_task(summary["task"]).symbols, np.asarray(turns))
     figure.savefig(path, dpi=130, metadata={"Software": None})
     plt.close(figure)
-
-
-def command_name(summary: dict) -> str:
-    """Which run the figure shows."""
-    chosen = summary["selected"]
-    return f"learning rate {chosen['learning_rate']:g}, seed {chosen['seed']}"
 
 
 def _plot_turns(axis, symbols: tuple[str, ...], turns: np.ndarray) -> None:

@@ -5,6 +5,8 @@ Every run has its own parameters, data and place in the curriculum; only the sha
 """
 
 import dataclasses
+import functools
+import os
 from typing import NamedTuple
 
 import jax
@@ -13,11 +15,14 @@ import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from mamba3_jax.models import LM, LMConfig
-from mamba3_jax.tasks import Batch, Task
+from mamba3_jax.tasks import Batch, Task, accuracy
 from mamba3_jax.training.optimizer import OptimizerConfig, direction, learning_rate
+
+# Rows are padded to a multiple of this many tokens, which matrix units like.
+WIDTH_MULTIPLE = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,11 +33,13 @@ class CurriculumConfig:
         lengths: the longest row of each stage, increasing.
         gate_accuracy: accuracy on the training data of one interval that ends a stage.
         stage_steps: steps after which a stage ends in any case.
+        exact: whether all rows of a stage have its full length, instead of any length up to it.
     """
 
     lengths: tuple[int, ...] = (40, 80, 120, 160)
     gate_accuracy: float = 0.99
     stage_steps: int = 10_000
+    exact: bool = False
 
     def __post_init__(self):
         if not self.lengths or list(self.lengths) != sorted(set(self.lengths)):
@@ -41,6 +48,16 @@ class CurriculumConfig:
             raise ValueError(f"gate_accuracy: got {self.gate_accuracy}; allowed: 0 < gate_accuracy <= 1")
         if self.stage_steps < 1:
             raise ValueError(f"stage_steps: got {self.stage_steps}; allowed: a positive integer")
+
+    def longest(self, stage: int) -> int:
+        """The longest row that the arrays of a stage hold: the last length, halved as often as the stage's allows.
+
+        A few sizes for however many stages, because each size is a compilation.
+        """
+        length = self.lengths[-1]
+        while length % 2 == 0 and length // 2 >= self.lengths[stage]:
+            length //= 2
+        return length
 
 
 class Runs(NamedTuple):
@@ -51,6 +68,7 @@ class Runs(NamedTuple):
     stage: Int[Array, " runs"]
     stage_steps: Int[Array, " runs"]
     step: Int[Array, " runs"]
+    failed: Bool[Array, " runs"]
 
 
 class Metrics(NamedTuple):
@@ -76,20 +94,35 @@ class Sweep:
 
     def init(self) -> Runs:
         """Fresh runs. Those of one seed start from the same parameters and see the same data."""
-        parameters = jax.jit(jax.vmap(lambda key: nnx.state(self._build(key), nnx.Param)))(self.keys("init"))
+
+        def draw(key):
+            return nnx.state(LM(self.model, rngs=nnx.Rngs(key)), nnx.Param)
+
+        parameters = jax.jit(jax.vmap(draw))(self.keys("init"))
         optimizer_state = jax.vmap(self._direction().init)(parameters)
         zeros = jnp.zeros(len(self.seeds), jnp.int32)
-        return jax.device_put(Runs(parameters, optimizer_state, zeros, zeros, zeros), _sharding(len(self.seeds)))
+        runs = Runs(parameters, optimizer_state, zeros, zeros, zeros, zeros.astype(bool))
+        return jax.device_put(runs, _sharding(len(self.seeds)))
 
     def train(self, runs: Runs, steps: int) -> tuple[Runs, Metrics]:
-        """Trains all runs for `steps` steps, then moves those that passed their gate to the next stage."""
-        return _train(self, steps, self.curriculum.lengths[int(runs.stage.max())], runs)
+        """Trains all runs for `steps` steps, then moves those that passed their gate to the next stage.
 
-    def accuracy(self, parameters: nnx.State, batch: Batch) -> Float[Array, " runs"]:
-        """Accuracy of every run's answers on one batch."""
+        A run whose loss or gradient is not finite fails: it keeps the parameters it had, and disturbs no other.
+        """
+        stage = int(jnp.where(runs.failed, 0, runs.stage).max())
+        run = _compiled(self, steps, self.curriculum.longest(stage))
+        return run(jax.device_put(runs, _sharding(len(self.seeds))))
+
+    def evaluate(self, parameters: nnx.State, batch: Batch) -> Metrics:
+        """Every run's accuracy and loss on one batch."""
         # The rows go to other devices than the runs do, if their numbers have other divisors.
         everywhere = NamedSharding(_sharding(len(batch.tokens)).mesh, PartitionSpec())
-        return _accuracy(self, jax.device_put(parameters, everywhere), batch)
+        return _evaluate(self, jax.device_put(parameters, everywhere), batch)
+
+    def memory_needed(self, steps: int) -> int:
+        """Bytes on each device while the longest rows train, as the compiler counts them."""
+        memory = _compiled(self, steps, self.curriculum.lengths[-1]).memory_analysis()
+        return memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
 
     def learning_rates(self, step: int) -> Float[Array, " runs"]:
         """The rate of every run at a step."""
@@ -97,34 +130,53 @@ class Sweep:
 
     def merge(self, parameters: nnx.State) -> LM:
         """The model of one run's parameters."""
-        return nnx.merge(nnx.graphdef(self._abstract()), parameters)
+        return nnx.merge(_abstract(self.model)[0], parameters)
 
-    def one_step(self, run: Runs, peak: Array, key: PRNGKeyArray, size: int) -> tuple[Runs, Metrics]:
-        """One optimizer step of one run, on rows padded to `size`."""
-        longest = jnp.asarray(self.curriculum.lengths)[run.stage]
-        batch = self.task.sample(
-            jax.random.fold_in(key, run.step), self.batch_size, longest, size, supervision=self.supervision
-        )
-        (loss, accuracy), gradient = jax.value_and_grad(self._loss, has_aux=True)(run.parameters, batch)
+    def one_step(self, run: Runs, peak: Array, key: PRNGKeyArray, longest: int) -> tuple[Runs, Metrics]:
+        """One optimizer step of one run, in arrays for rows of up to `longest` tokens."""
+        batch = self._training_batch(run.stage, jax.random.fold_in(key, run.step), longest)
+        (loss, correct), gradient = jax.value_and_grad(self._loss, has_aux=True)(run.parameters, batch)
         updates, optimizer_state = self._direction().update(gradient, run.optimizer_state, run.parameters)
         rate = learning_rate(self.optimizer, peak, run.step, self.max_steps)
         parameters = jax.tree.map(lambda p, u: p - rate * u, run.parameters, updates)
-        run = Runs(parameters, optimizer_state, run.stage, run.stage_steps + 1, run.step + 1)
-        return run, Metrics(loss, accuracy)
+        failed = run.failed | ~jnp.isfinite(loss + optax.tree.norm(gradient))
+        trained = jax.tree.map(
+            lambda new, old: jnp.where(failed, old, new),
+            (parameters, optimizer_state),
+            (run.parameters, run.optimizer_state),
+        )
+        return Runs(*trained, run.stage, run.stage_steps + 1, run.step + 1, failed), Metrics(loss, correct)
+
+    def _training_batch(self, stage: Int[Array, ""], key: PRNGKeyArray, longest: int) -> Batch:
+        length = jnp.asarray(self.curriculum.lengths)[stage]
+        if self.curriculum.exact:
+            return self.task.sample(key, self.batch_size, length, longest, length, self.supervision)
+        size = -(-(self.task.min_length + longest) // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
+        return self.task.sample_pairs(key, self.batch_size, length, size, self.supervision)
 
     def _loss(self, parameters: nnx.State, batch: Batch) -> tuple[Array, Array]:
-        logits, _ = self.merge(parameters)(batch.tokens)
+        model = self.merge(parameters)
+        x, _ = model.hidden(batch.tokens, None, batch.segment_ids)
+        x, batch = self._asked(x, batch)
+        logits = model.logits(x)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
-        return jnp.sum(losses * batch.mask) / jnp.sum(batch.mask), answers_correct(logits, batch).mean()
+        return jnp.sum(losses * batch.mask) / jnp.sum(batch.mask), accuracy(logits, batch)
+
+    def _asked(self, x: Float[Array, "b t d"], batch: Batch) -> tuple[Float[Array, "b k d"], Batch]:
+        """Only the supervised positions, where every row has as many: logits elsewhere are most of a step's cost."""
+        if self.task.answers is None or self.supervision == "every":
+            return x, batch
+        rows = 1 if batch.segment_ids is None else 2
+        _, where = jax.lax.top_k(batch.mask.astype(jnp.int32), rows * self.task.answers)
+
+        def take(a):
+            return jnp.take_along_axis(a, where, axis=1)
+
+        x = jnp.take_along_axis(x, where[..., None], axis=1)
+        return x, Batch(take(batch.tokens), take(batch.labels), take(batch.mask), take(batch.scored))
 
     def _direction(self) -> optax.GradientTransformation:
-        return direction(self.optimizer, nnx.state(self._abstract(), nnx.Param))
-
-    def _build(self, key: PRNGKeyArray) -> LM:
-        return LM(self.model, rngs=nnx.Rngs(key))
-
-    def _abstract(self) -> LM:
-        return nnx.eval_shape(lambda: self._build(jax.random.key(0)))
+        return direction(self.optimizer, _abstract(self.model)[1])
 
     def keys(self, purpose: str) -> PRNGKeyArray:
         """A key per run, of its seed; runs of one seed share it."""
@@ -132,18 +184,25 @@ class Sweep:
         return jnp.stack([jax.random.fold_in(jax.random.key(seed), stream) for seed in self.seeds])
 
 
-def answers_correct(logits: Float[Array, "b t v"], batch: Batch) -> Float[Array, " b"]:
-    """1 where the answer, at the last supervised position of a row, is the most likely token of all."""
-    last = batch.mask.shape[1] - 1 - jnp.argmax(batch.mask[:, ::-1], axis=1)
-    rows = jnp.arange(batch.mask.shape[0])
-    return (jnp.argmax(logits[rows, last], axis=-1) == batch.labels[rows, last]).astype(jnp.float32)
+@functools.lru_cache(maxsize=8)
+def _abstract(model: LMConfig) -> tuple[nnx.GraphDef, nnx.State]:
+    """A model's structure and the shapes of its parameters; cached, because a trace asks often and tracing is slow."""
+    return nnx.split(nnx.eval_shape(lambda: LM(model, rngs=nnx.Rngs(0))), nnx.Param)
 
 
-@jax.jit(static_argnames=("sweep", "steps", "size"))
-def _train(sweep: Sweep, steps: int, size: int, runs: Runs) -> tuple[Runs, Metrics]:
+# As many as a curriculum has sizes; those of the sweep before it are let go.
+@functools.lru_cache(maxsize=8)
+def _compiled(sweep: Sweep, steps: int, longest: int) -> jax.stages.Compiled:
+    each = _sharding(len(sweep.seeds))
+    runs = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=each), jax.eval_shape(sweep.init))
+    return _train.lower(sweep, steps, longest, runs).compile()
+
+
+@jax.jit(static_argnames=("sweep", "steps", "longest"))
+def _train(sweep: Sweep, steps: int, longest: int, runs: Runs) -> tuple[Runs, Metrics]:
     def train(runs, peaks, keys):
         def body(runs, _):
-            return jax.vmap(lambda run, peak, key: sweep.one_step(run, peak, key, size))(runs, peaks, keys)
+            return jax.vmap(lambda run, peak, key: sweep.one_step(run, peak, key, longest))(runs, peaks, keys)
 
         return jax.lax.scan(body, runs, length=steps)
 
@@ -165,23 +224,37 @@ def _train(sweep: Sweep, steps: int, size: int, runs: Runs) -> tuple[Runs, Metri
 
 
 @jax.jit(static_argnames="sweep")
-def _accuracy(sweep: Sweep, parameters: nnx.State, batch: Batch) -> Float[Array, " runs"]:
-    def correct(parameters, batch):
-        def one(parameters):
-            logits, _ = sweep.merge(parameters)(batch.tokens)
-            return answers_correct(logits, batch)
-
+def _evaluate(sweep: Sweep, parameters: nnx.State, batch: Batch) -> Metrics:
+    def evaluate(parameters, batch):
         # One run after the other: test sets are large, and nothing is gained from holding all runs' activations.
-        return jax.lax.map(one, parameters)
+        losses, correct = jax.lax.map(lambda one: sweep._loss(one, batch), parameters)
+        return jax.lax.pmean(Metrics(losses, correct), "each")
 
     rows = _sharding(len(batch.tokens))
     return jax.shard_map(
-        correct,
-        mesh=rows.mesh,
-        in_specs=(PartitionSpec(), rows.spec),
-        out_specs=PartitionSpec(None, *rows.spec),
-        check_vma=False,
-    )(parameters, batch).mean(axis=1)
+        evaluate, mesh=rows.mesh, in_specs=(PartitionSpec(), rows.spec), out_specs=PartitionSpec(), check_vma=False
+    )(parameters, batch)
+
+
+def memory_available() -> int:
+    """Bytes that one device can hold."""
+    device = jax.devices()[0]
+    stats = device.memory_stats() or {}
+    if "bytes_limit" in stats:
+        return stats["bytes_limit"]
+    # The CPU's devices share the machine's memory.
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // len(jax.local_devices())
+
+
+def check_memory(sweep: Sweep, steps: int) -> None:
+    """Raises ValueError, naming what to lower, when the longest rows of a sweep would not fit."""
+    needed, available = sweep.memory_needed(steps), memory_available()
+    if needed > available:
+        raise ValueError(
+            f"batch_size: got {sweep.batch_size} for {len(sweep.seeds)} runs at once on rows of "
+            f"{sweep.curriculum.lengths[-1]} tokens, which needs {needed:,} bytes on each device; allowed: what fits "
+            f"the {available:,} bytes there; lower batch_size, n_seeds or the number of learning_rates"
+        )
 
 
 def _sharding(n: int) -> NamedSharding:

@@ -2,7 +2,9 @@
 
 from collections.abc import Sequence
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 def check_choice(name: str, value: object, allowed: Sequence[object]) -> None:
@@ -28,3 +30,16 @@ def check_array(name: str, value, letters: str, sizes: dict[str, int], kind=jnp.
         raise ValueError(f"{name}: got shape {shape}; allowed: ({letters}) = {expected}")
     if not jnp.issubdtype(value.dtype, kind):
         raise TypeError(f"{name}: got dtype {value.dtype}; allowed: a {kind.__name__} dtype")
+
+
+def check_segment_ids(segment_ids, sizes: dict[str, int]) -> None:
+    """Ids (b, t) of packed documents, or None; that they never decrease is checked where they are concrete."""
+    if segment_ids is None:
+        return
+    check_array("segment_ids", segment_ids, "b t", sizes, kind=jnp.integer)
+    if not isinstance(segment_ids, jax.core.Tracer) and np.any(np.diff(np.asarray(segment_ids), axis=1) < 0):
+        row, at = np.argwhere(np.diff(np.asarray(segment_ids), axis=1) < 0)[0]
+        raise ValueError(
+            f"segment_ids: got a smaller id after a larger one in row {row} at token {at + 1}; "
+            "allowed: ids that never decrease along t"
+        )

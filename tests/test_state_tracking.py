@@ -15,12 +15,13 @@ import yaml
 from flax import nnx
 
 from experiments import command, report, state_tracking
-from experiments.sweep import CurriculumConfig, Sweep, answers_correct
+from experiments.sweep import CurriculumConfig, Sweep
+from experiments.training import INTERRUPTED
 from mamba3_jax import cli
 from mamba3_jax.layers import Mamba3Config
 from mamba3_jax.models import LM, LMConfig
 from mamba3_jax.ops import ssm
-from mamba3_jax.tasks import get_task
+from mamba3_jax.tasks import accuracy, get_task
 from mamba3_jax.training.optimizer import OptimizerConfig, learning_rate
 from mamba3_jax.training.run_directory import RunDirectory
 
@@ -87,8 +88,8 @@ def test_a_run_leaves_everything_that_the_readme_promises(finished):
 def test_the_selected_run_is_the_best_by_validation(finished):
     summary = json.loads((finished / "summary.json").read_text())
     metrics = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
-    scores = np.array([m["validation"]["12"] for m in metrics if "validation" in m])
-    assert summary["selected"]["validation"]["12"] == scores.max()
+    scores = np.array([m["validation"]["12"]["accuracy"] for m in metrics if "validation" in m])
+    assert summary["selected"]["validation"]["12"]["accuracy"] == scores.max()
 
 
 @pytest.mark.parametrize("when", ["between intervals", "killed"])
@@ -111,7 +112,7 @@ def test_an_interrupted_run_resumes_with_an_identical_stream(tiny, finished, tmp
             with pytest.raises(RuntimeError, match="killed"):
                 _run(tiny, directory)
         else:
-            assert _run(tiny, directory) == state_tracking.INTERRUPTED
+            assert _run(tiny, directory) == INTERRUPTED
     assert not (directory / "summary.json").exists()
     assert _run(tiny, directory) == 0
     assert (directory / "metrics.jsonl").read_text() == (finished / "metrics.jsonl").read_text()
@@ -255,9 +256,9 @@ def test_runs_and_rows_spread_over_whatever_devices_divide_them(runs, rows):
     trained, metrics = sweep.train(sweep.init(), 1)
     assert len(trained.stage.sharding.device_set) == runs and metrics.loss.shape == (runs,)
     batch = sweep.task.sample(jax.random.key(0), rows, 4, 4)
-    expected = [answers_correct(sweep.merge(jax.tree.map(lambda p: p[i], trained.parameters))(batch.tokens)[0], batch)
-                for i in range(runs)]  # fmt: skip
-    np.testing.assert_allclose(sweep.accuracy(trained.parameters, batch), np.mean(expected, axis=1), atol=1e-6)
+    models = [sweep.merge(jax.tree.map(lambda p: p[i], trained.parameters)) for i in range(runs)]
+    expected = [accuracy(model(batch.tokens)[0], batch) for model in models]
+    np.testing.assert_allclose(sweep.evaluate(trained.parameters, batch).accuracy, expected, atol=1e-6)
 
 
 def _sweep(**changes) -> Sweep:
@@ -302,9 +303,9 @@ def test_learning_rate_warms_up_and_follows_the_cosine():
 def test_accuracy_counts_the_answer_over_the_whole_vocabulary():
     batch = get_task("parity").sample(jax.random.key(0), 64, 12, 12, supervision="every")
     right = jax.nn.one_hot(batch.labels, 3)
-    assert answers_correct(right, batch).mean() == 1
+    assert accuracy(right, batch) == 1
     pad_wins = right.at[..., 0].set(2.0)
-    assert answers_correct(pad_wins, batch).mean() == 0
+    assert accuracy(pad_wins, batch) == 0
 
 
 def test_half_a_turn_per_one_solves_parity_at_any_length():

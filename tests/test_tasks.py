@@ -2,7 +2,8 @@
 
 import re
 from collections import Counter
-from functools import cache
+from functools import cache, reduce
+from itertools import permutations
 
 import jax
 import numpy as np
@@ -23,6 +24,10 @@ ANSWERS = {
     "modular_arithmetic": lambda ids: 5 + evaluate(spell(ids, "_+-*=01234")),
     BRACKETS: lambda ids: evaluate(spell(ids, "01234+-*()=_")),
     BRACKETS + "_times": lambda ids: evaluate(spell(ids, "01234+-*()=_")),
+    "S3": lambda ids: 1 + shuffle(ids, EVERY_3),
+    "S5": lambda ids: 1 + shuffle(ids, EVERY_5),
+    "A5": lambda ids: 1 + shuffle(ids, EVEN_5),
+    "Z60": lambda ids: 1 + sum(i - 1 for i in ids) % 60,
 }
 ANSWER_IDS = {
     "parity": [1, 2],
@@ -30,13 +35,29 @@ ANSWER_IDS = {
     "cycle_navigation": [4, 5, 6, 7, 8],
     "modular_arithmetic": [5, 6, 7, 8, 9],
     BRACKETS: [0, 1, 2, 3, 4],
+    "S3": range(1, 7),
+    "A5": range(1, 61),
+    "S5": range(1, 121),
+    "Z60": range(1, 61),
 }
 # 99.9% quantiles of chi-square by degrees of freedom; the seeds are fixed, so a test passes or fails for good.
-CHI_SQUARE = {1: 10.8, 2: 13.8, 4: 18.5, 18: 42.3, 19: 43.8, 35: 66.6, 36: 68.0, 37: 69.3}
+CHI_SQUARE = {
+    **{1: 10.8, 2: 13.8, 4: 18.5, 5: 20.5, 8: 26.1, 15: 37.7, 17: 40.8, 18: 42.3, 19: 43.8},
+    **{35: 66.6, 36: 68.0, 37: 69.3, 59: 98.3, 119: 172},
+}
+
+EVERY_3, EVERY_5 = ["".join(p) for p in permutations("012")], ["".join(p) for p in permutations("01234")]
+# A permutation is even if its matrix has determinant 1.
+EVEN_5 = [p for p in EVERY_5 if np.linalg.det(np.eye(5)[list(map(int, p))]) > 0]
 
 
 def spell(ids, alphabet):
     return "".join(alphabet[i] for i in ids)
+
+
+def shuffle(ids, group):
+    """Where the things are in the end, each permutation moving them on from where the ones before left them."""
+    return group.index("".join(reduce(lambda now, i: [group[i - 1][int(x)] for x in now], ids, sorted(group[0]))))
 
 
 def evaluate(text):
@@ -155,6 +176,7 @@ def test_products_make_zero_a_good_guess():
         ("modular_arithmetic", (1, 2, 3)),
         ("modular_arithmetic", (5, 6, 7, 8, 9)),
         (BRACKETS, (0, 1, 2, 3, 4)),
+        ("S5", range(1, 121)),
     ],
 )
 def test_symbols_are_uniform(name, outcomes):
@@ -182,7 +204,7 @@ def test_bracketed_expressions_of_every_length_derive_from_the_grammar():
 @pytest.mark.parametrize("name", ALL)
 def test_a_key_fixes_the_batch_and_another_key_changes_it(name):
     first, again, other = draw(name, seed=0), draw(name, seed=0), draw(name, seed=1)
-    assert all((x == y).all() for x, y in zip(first, again))
+    assert all((x == y).all() for x, y in zip(jax.tree.leaves(first), jax.tree.leaves(again)))
     assert (first.tokens != other.tokens).any()
 
 
@@ -191,7 +213,8 @@ def test_rows_do_not_depend_on_the_size_they_are_padded_to_nor_on_64_bit_mode():
         sample_all = jax.jit(lambda key: {name: TASKS[name].sample(key, 2048, 40, size=41) for name in TASKS})
         batches = sample_all(jax.random.key(0))
     for name, batch in batches.items():
-        assert all(x.dtype == y.dtype and (x == y[:, :41]).all() for x, y in zip(batch, draw(name)))
+        pairs = zip(jax.tree.leaves(batch), jax.tree.leaves(draw(name)))
+        assert all(x.dtype == y.dtype and (x == y[:, :41]).all() for x, y in pairs)
 
 
 def test_a_traced_maximum_does_not_recompile():
@@ -211,13 +234,13 @@ def test_a_traced_maximum_does_not_recompile():
 @pytest.mark.parametrize(
     "name, arguments, message",
     [
-        ("parity", {"size": 39}, "size must be at least max_length = 40, got 39"),
-        ("parity", {"min_length": 2}, "min_length must be at least 3 for task 'parity', got 2"),
-        (BRACKETS, {"min_length": 3}, f"min_length must be at least 5 for task '{BRACKETS}', got 3"),
-        ("parity", {"min_length": 41}, "max_length must be at least min_length = 41 for task 'parity', got 40"),
-        ("parity", {"batch_size": 0}, "batch_size must be at least 1, got 0"),
-        ("parity", {"supervision": "last"}, "supervision must be 'final' or 'every', got 'last'"),
-        (BRACKETS, {"supervision": "every"}, f"supervision must be 'final' for task '{BRACKETS}', got 'every'"),
+        ("parity", {"size": 39}, "size: got 39; allowed: at least max_length=40"),
+        ("parity", {"min_length": 2}, "min_length: got 2 with task 'parity'; allowed: at least 3"),
+        (BRACKETS, {"min_length": 3}, f"min_length: got 3 with task '{BRACKETS}'; allowed: at least 5"),
+        ("parity", {"min_length": 41}, "max_length: got 40 with task 'parity'; allowed: at least min_length=41"),
+        ("parity", {"batch_size": 0}, "batch_size: got 0; allowed: a positive integer"),
+        ("parity", {"supervision": "last"}, "supervision: got 'last'; allowed: 'final', 'every'"),
+        (BRACKETS, {"supervision": "every"}, f"supervision: got 'every' with task '{BRACKETS}'; allowed: 'final'"),
     ],
 )
 def test_errors_name_the_argument_what_came_and_what_is_allowed(name, arguments, message):
@@ -226,11 +249,43 @@ def test_errors_name_the_argument_what_came_and_what_is_allowed(name, arguments,
         get_task(name).sample(jax.random.key(0), **arguments)
 
 
+@pytest.mark.parametrize("name", ["parity", "modular_arithmetic", BRACKETS])
+def test_the_rows_of_a_pair_are_rows_whose_lengths_add_up_to_the_same(name):
+    """Taken apart again, each is right, and the lengths of all are uniform; one answer of each is supervised."""
+    task, high, size = ALL[name], 20, 32
+    batch = jax.jit(lambda key: task.sample_pairs(key, 4096, high, size))(jax.random.key(0))
+    batch = jax.tree.map(np.asarray, batch)
+    lengths, totals = [], set()
+    for tokens, labels, mask, scored, ids in zip(*batch):
+        first = int((ids == 0).sum())
+        assert (ids == (np.arange(size) >= first)).all() and (mask == scored).all() and mask.sum() == 2
+        both = []
+        for part in (slice(0, first), slice(first, size)):
+            row = tokens[part][: np.flatnonzero(tokens[part] != task.pad_id)[-1] + 1].tolist()
+            (asked,) = np.flatnonzero(mask[part])
+            assert row[-1] == labels[part][asked] == ANSWERS[name](row[:-1]) and asked == len(row) - 2
+            both.append(len(row) + (name == BRACKETS))  # whose length counts one pad
+        lengths += both
+        totals.add(sum(both))
+    low = task.min_length
+    possible = range(low, high + 1, 2) if name == "modular_arithmetic" else range(low, high + 1)
+    assert len(totals) == 1 and totals.pop() <= low + high
+    assert_uniform(lengths[::2], possible)
+    assert_uniform(lengths[1::2], possible)
+
+
+@pytest.mark.parametrize("argument, value", [("batch_size", 3), ("size", 42)])
+def test_pairs_that_cannot_be_are_refused(argument, value):
+    options = dict(batch_size=4, max_length=40, size=43) | {argument: value}
+    with pytest.raises(ValueError, match=f"^{argument}: got {value}; allowed: "):
+        ALL["parity"].sample_pairs(jax.random.key(0), **options)
+
+
 def test_tasks_are_found_by_name():
-    assert set(TASKS) == {"parity", "modular_arithmetic", BRACKETS, "cycle_navigation", "even_pairs"}
+    assert set(TASKS) == set(ANSWER_IDS)
     assert all(get_task(name).name == name for name in TASKS)
-    with pytest.raises(ValueError, match=r"^name must be one of 'parity', .*, got 'mqar'$"):
-        get_task("mqar")
+    with pytest.raises(ValueError, match=r"^name: got 'chess'; allowed: 'parity', .*'needle', .*$"):
+        get_task("chess")
 
 
 def test_scaled_accuracy_is_0_at_chance_1_when_perfect_and_not_clipped():

@@ -23,7 +23,7 @@ from jaxtyping import Array, Float, Int
 from mamba3_jax.checks import check_array, check_choice, check_rank
 from mamba3_jax.layers.conv import CausalConv
 from mamba3_jax.layers.norm import RMSNorm, rms_norm
-from mamba3_jax.layers.parameters import Undecayed, inverse_softplus, linear, log_uniform
+from mamba3_jax.layers.parameters import Undecayed, linear, step_size_bias
 from mamba3_jax.ops import (
     EULER,
     Implementation,
@@ -38,8 +38,6 @@ from mamba3_jax.ops import (
 AActivation = Literal["softplus", "heavy_tail"]
 BiasInit = Literal["ones", "zeros", "uniform", "symmetric"]
 OutputNorm = Literal["none", "before_gate", "after_gate"]
-
-DT_FLOOR = 1e-4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,8 +178,7 @@ class Mamba3(nnx.Module):
         self.config = config
         self.dtype = jnp.dtype(dtype)
         self.in_proj = linear(config.d_model, sum(config.projection_sizes.values()), rngs=rngs, dtype=dtype)
-        dt = jnp.maximum(log_uniform(rngs.params(), (h,), config.dt_min, config.dt_max), DT_FLOOR)
-        self.dt_bias = Undecayed(inverse_softplus(dt))
+        self.dt_bias = Undecayed(step_size_bias(rngs.params(), h, config.dt_min, config.dt_max))
         self.D = Undecayed(jnp.ones(h))
         self.B_norm, self.C_norm = RMSNorm(n), RMSNorm(n)
         if config.bc_bias_init is not None:

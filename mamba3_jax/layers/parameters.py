@@ -6,9 +6,12 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+# No head starts with a smaller step, as in the released models.
+DT_FLOOR = 1e-4
+
 
 class Undecayed(nnx.Param):
-    """A parameter that weight decay leaves alone: D, dt_bias, norms and biases."""
+    """A parameter that weight decay leaves alone: A_log, D, dt_bias, norms and biases."""
 
 
 def linear(
@@ -31,3 +34,13 @@ def inverse_softplus(y: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
 def log_uniform(key: Array, shape: tuple[int, ...], low: float, high: float) -> Array:
     """exp of a uniform draw between log(low) and log(high)."""
     return jnp.exp(jax.random.uniform(key, shape, minval=jnp.log(low), maxval=jnp.log(high)))
+
+
+def step_size_bias(key: Array, h: int, low: float, high: float) -> Float[Array, " h"]:
+    """dt_bias: softplus of it is log-uniform between low and high, and at least 1e-4."""
+    return inverse_softplus(jnp.maximum(log_uniform(key, (h,), low, high), DT_FLOOR))
+
+
+def log_decay_rate(key: Array, h: int, low: float, high: float) -> Float[Array, " h"]:
+    """A_log: exp of it, |A| of each head, is uniform between low and high."""
+    return jnp.log(jax.random.uniform(key, (h,), minval=low, maxval=high))

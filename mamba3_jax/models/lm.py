@@ -11,18 +11,18 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from mamba3_jax.checks import check_array, check_choice, check_rank
-from mamba3_jax.layers import Mamba3, Mamba3Config, MixerState, RMSNorm, SwiGLU
+from mamba3_jax.layers import AnyMixerState, MixerConfig, RMSNorm, SwiGLU, build_mixer
 
-Cache = tuple[MixerState, ...]
+Cache = tuple[AnyMixerState, ...]
 EMBEDDING_STD = 0.02
 
 
 @dataclasses.dataclass(frozen=True)
 class LMConfig:
-    """A stack of Mamba-3 blocks.
+    """A stack of equal blocks, of Mamba-3 or of a baseline.
 
     Attributes:
-        mixer: every block's mixer; its d_model is the model's.
+        mixer: every block's mixer, whose type picks the layer; its d_model is the model's.
         n_layers: blocks.
         vocab_size: tokens; rounded up to `vocab_multiple` in the embedding and in the logits.
         mlp_width: hidden width of the MLP, rounded up to a multiple of 128; 0 is no MLP.
@@ -31,7 +31,7 @@ class LMConfig:
         dtype: dtype of the matrix products, "float32" or "bfloat16". Parameters are float32.
     """
 
-    mixer: Mamba3Config
+    mixer: MixerConfig
     n_layers: int
     vocab_size: int
     mlp_width: int = 0
@@ -61,14 +61,14 @@ class Block(nnx.Module):
         self.dtype = dtype
         self.has_mlp = config.mlp_width > 0
         self.norm = RMSNorm(d)
-        self.mixer = Mamba3(config.mixer, rngs=rngs, dtype=dtype, residual_branches=branches)
+        self.mixer = build_mixer(config.mixer, rngs=rngs, dtype=dtype, residual_branches=branches)
         if config.mlp_width:
             self.norm2 = RMSNorm(d)
             self.mlp = SwiGLU(d, config.mlp_width, rngs=rngs, dtype=dtype, residual_branches=branches)
 
     def __call__(
-        self, x: Float[Array, "b t d"], state: MixerState | None, segment_ids: Int[Array, "b t"] | None
-    ) -> tuple[Float[Array, "b t d"], MixerState]:
+        self, x: Float[Array, "b t d"], state: AnyMixerState | None, segment_ids: Int[Array, "b t"] | None
+    ) -> tuple[Float[Array, "b t d"], AnyMixerState]:
         mixed, state = self.mixer(self.norm(x).astype(self.dtype), state, segment_ids)
         x = x + mixed.astype(x.dtype)
         if self.has_mlp:
@@ -102,6 +102,13 @@ class LM(nnx.Module):
             cache: what an earlier call returned; None starts from nothing. A call in pieces equals one call.
             segment_ids: document of each token, non-decreasing along t; documents do not see each other.
         """
+        x, states = self.hidden(tokens, cache, segment_ids)
+        return self.logits(x), states
+
+    def hidden(
+        self, tokens: Int[Array, "b t"], cache: Cache | None = None, segment_ids: Int[Array, "b t"] | None = None
+    ) -> tuple[Float[Array, "b t d"], Cache]:
+        """What the head reads, for those who need the logits of few tokens only; arguments as in a call."""
         b, t = check_rank("tokens", tokens, "b t")
         check_array("tokens", tokens, "b t", dict(b=b, t=t), kind=jnp.integer)
         if cache is not None and len(cache) != len(self.blocks):
@@ -111,7 +118,14 @@ class LM(nnx.Module):
         for i, block in enumerate(self.blocks):
             x, state = block(x, None if cache is None else cache[i], segment_ids)
             states.append(state)
-        return self._logits(self.norm(x)), tuple(states)
+        return self.norm(x), tuple(states)
+
+    def logits(self, x: Float[Array, "b t d"]) -> Float[Array, "b t v"]:
+        """The head, on what `hidden` returns."""
+        head = (self.embedding if self.config.tie_embeddings else self.head)[...]
+        dtype = jnp.dtype(self.config.dtype)
+        wide = jnp.promote_types(x.dtype, jnp.float32)
+        return jnp.einsum("btd,vd->btv", x.astype(dtype), head.astype(dtype), preferred_element_type=wide)
 
     def step(self, tokens: Int[Array, " b"], cache: Cache) -> tuple[Float[Array, "b v"], Cache]:
         """One decode step: the logits after one more token of every sequence."""
@@ -119,14 +133,8 @@ class LM(nnx.Module):
         return logits[:, 0], cache
 
     def empty_cache(self, b: int) -> Cache:
-        """The cache before the first token of `b` sequences. Its size does not depend on how many tokens follow."""
+        """The cache before the first token of `b` sequences. Only attention's grows with the tokens that follow."""
         return tuple(block.mixer.empty_state(b) for block in self.blocks)
-
-    def _logits(self, x: Float[Array, "b t d"]) -> Float[Array, "b t v"]:
-        head = (self.embedding if self.config.tie_embeddings else self.head)[...]
-        dtype = jnp.dtype(self.config.dtype)
-        wide = jnp.promote_types(x.dtype, jnp.float32)
-        return jnp.einsum("btd,vd->btv", x.astype(dtype), head.astype(dtype), preferred_element_type=wide)
 
 
 def count_parameters(model: nnx.Module) -> int:

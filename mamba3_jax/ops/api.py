@@ -19,10 +19,9 @@ from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Int
 
-from mamba3_jax.checks import check_array, check_choice, check_rank
+from mamba3_jax.checks import check_array, check_choice, check_rank, check_segment_ids
 from mamba3_jax.ops import output
 from mamba3_jax.ops.chunked import chunked, default_chunk_size
 from mamba3_jax.ops.discretization import exponential_trapezoidal
@@ -262,7 +261,7 @@ def _check(
     if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
         raise ValueError(f"chunk_size: got {chunk_size!r}; allowed: a positive integer or None")
     _check_ranks(r, z, mimo_x, mimo_z, mimo_o)
-    _check_segment_ids(segment_ids, sizes)
+    check_segment_ids(segment_ids, sizes)
     s = _check_omega(omega, rotation, sizes)
     pairing = "interleaved" if mimo_x is None else "half"
     return _Call(**sizes, s=s, dtype=jnp.promote_types(x.dtype, jnp.float32), pairing=pairing)
@@ -300,15 +299,3 @@ def _check_omega(omega, rotation: Rotation, sizes: dict[str, int]) -> int:
     else:
         check_array("omega", omega, "s", dict(s=s))
     return s
-
-
-def _check_segment_ids(segment_ids, sizes: dict[str, int]) -> None:
-    if segment_ids is None:
-        return
-    check_array("segment_ids", segment_ids, "b t", sizes, kind=jnp.integer)
-    if not isinstance(segment_ids, jax.core.Tracer) and np.any(np.diff(np.asarray(segment_ids), axis=1) < 0):
-        row, at = np.argwhere(np.diff(np.asarray(segment_ids), axis=1) < 0)[0]
-        raise ValueError(
-            f"segment_ids: got a smaller id after a larger one in row {row} at token {at + 1}; "
-            "allowed: ids that never decrease along t"
-        )

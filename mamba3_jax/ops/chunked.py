@@ -8,7 +8,8 @@ cumulative sum of log alpha and scale_t = gamma_t + carry_{t+1} (0 after a docum
     h_out = exp(cs_c) h_in + sum_j exp(cs_c - cs_j) scale_j v_j k_j^T
 
 and the previous call's last token enters as h_in += carry_0 v_prev k_prev^T. Every exponent is <= 0 and masked before
-exp, so nothing overflows. Each chunk is recomputed in the backward pass: memory does not grow with c x t.
+exp, so nothing overflows. Of several chunks each is recomputed in the backward pass, so that memory does not grow with
+c x t; a row of one chunk keeps what it computed.
 """
 
 from typing import NamedTuple
@@ -61,7 +62,10 @@ def chunked(inputs: Inputs, state: SSMState, chunk_size: int) -> tuple[Float[Arr
         return _chunk_step(inputs, carry, chunk)
 
     carry = _enter(inputs, state)
-    xs = jax.tree.map(lambda u: _split_time(u, chunks, c), _whole_row(inputs))
+    if chunks == 1:
+        carry, o = body(carry, _whole_row(inputs))
+        return o, _leave(inputs, carry)
+    xs = jax.tree.map(lambda u: split_time(u, chunks, c), _whole_row(inputs))
     carry, o = jax.lax.scan(jax.checkpoint(body, prevent_cse=False), carry, xs)
     o = jnp.moveaxis(o, 0, 1).reshape(b, chunks * c, *o.shape[3:])[:, :t]
     return o, _leave(inputs, carry)
@@ -88,7 +92,7 @@ def _whole_row(inputs: Inputs) -> _Chunk:
     )
 
 
-def _split_time(u: Array, chunks: int, c: int) -> Array:
+def split_time(u: Array, chunks: int, c: int) -> Array:
     """(b, t, ...) -> (chunks, b, c, ...). Padding tokens neither decay, turn, write nor open a document."""
     fill = {"mode": "edge"} if jnp.issubdtype(u.dtype, jnp.integer) else {}
     u = jnp.pad(u, ((0, 0), (0, chunks * c - u.shape[1])) + ((0, 0),) * (u.ndim - 2), **fill)
@@ -122,28 +126,28 @@ def _chunk_step(inputs: Inputs, carry: _Carry, chunk: _Chunk) -> tuple[_Carry, F
     turn = jnp.moveaxis(turns(chunk.omega, chunk.clock), 1, 2)
     mask, open_on_entry, open_on_exit = _document_masks(carry, chunk, c)
 
-    angle = _cumulative(turn, 2) + carry.angle[:, :, None]
+    angle = cumulative(turn, 2) + carry.angle[:, :, None]
     # Without the barrier XLA recomputes sine and cosine in each of their four uses.
     cos, sin = jax.lax.optimization_barrier((jnp.cos(angle)[:, :, :, None], jnp.sin(angle)[:, :, :, None]))
     k = rotate_by(_head_major(chunk.B, inputs.B_bias, dtype), cos, sin).astype(compute).reshape(b, h, c * r, -1)
     q = rotate_by(_head_major(chunk.C, inputs.C_bias, dtype), cos, sin).astype(compute).reshape(b, h, c * r, -1)
     v = jnp.moveaxis(expand_ranks(chunk.x, inputs.mimo_x), 1, 2).astype(compute)
 
-    coarse, fine = (_cumulative(u, 2) for u in _split_log_decay(log_decay))
+    coarse, fine = (cumulative(u, 2) for u in split_log_decay(log_decay))
     exponent = (coarse[..., :, None] - coarse[..., None, :]) + (fine[..., :, None] - fine[..., None, :])
     W = jnp.exp(jnp.where(mask, exponent, -jnp.inf)) * scale[..., None, :]
     W = jnp.where(np.eye(c, dtype=bool)[None, None], gamma[..., None, :], W)
-    scores = _matmul("bhin,bhjn->bhij", q, k, dtype).reshape(b, h, c, r, c, r) * W[:, :, :, None, :, None]
-    o = _matmul("bhij,bhjp->bhip", scores.astype(compute).reshape(b, h, c * r, c * r), v.reshape(b, h, c * r, p), dtype)
+    scores = matmul("bhin,bhjn->bhij", q, k, dtype).reshape(b, h, c, r, c, r) * W[:, :, :, None, :, None]
+    o = matmul("bhij,bhjp->bhip", scores.astype(compute).reshape(b, h, c * r, c * r), v.reshape(b, h, c * r, p), dtype)
 
     from_entry = jnp.exp(jnp.where(open_on_entry, coarse + fine, -jnp.inf))
-    o_entry = _matmul("bhin,bhpn->bhip", q, carry.ssm.astype(compute), dtype).reshape(b, h, c, r, p)
+    o_entry = matmul("bhin,bhpn->bhip", q, carry.ssm.astype(compute), dtype).reshape(b, h, c, r, p)
     o = o.reshape(b, h, c, r, p) + from_entry[..., None, None] * o_entry
 
     to_exit = (coarse[..., -1:] - coarse) + (fine[..., -1:] - fine)
     weight = jnp.exp(jnp.where(open_on_exit, to_exit, -jnp.inf)) * scale
     written = (v * weight[..., None, None]).astype(compute).reshape(b, h, c * r, p)
-    ssm = from_entry[..., -1, None, None] * carry.ssm + _matmul("bhjp,bhjn->bhpn", written, k, dtype)
+    ssm = from_entry[..., -1, None, None] * carry.ssm + matmul("bhjp,bhjn->bhpn", written, k, dtype)
     return _advance(carry, chunk, angle, turn, ssm), jnp.moveaxis(o, (1, 3), (3, 2)).astype(compute)
 
 
@@ -170,12 +174,12 @@ def _document_masks(carry: _Carry, chunk: _Chunk, c: int) -> tuple[Bool[Array, "
     return causal & same, (ids == carry.document[:, None])[:, None], (ids == ids[:, -1:])[:, None]
 
 
-def _split_log_decay(log_decay: Float[Array, "b h c"]) -> tuple[Float[Array, "b h c"], Float[Array, "b h c"]]:
+def split_log_decay(log_decay: Float[Array, "b h c"]) -> tuple[Float[Array, "b h c"], Float[Array, "b h c"]]:
     coarse = jnp.round(log_decay / LOG_DECAY_GRAIN) * LOG_DECAY_GRAIN
     return coarse, log_decay - coarse
 
 
-def _cumulative(u: Float[Array, "b h c *s"], axis: int) -> Float[Array, "b h c *s"]:
+def cumulative(u: Float[Array, "b h c *s"], axis: int) -> Float[Array, "b h c *s"]:
     """Inclusive cumulative sum over the chunk, as a triangular product: one matmul instead of log2(c) passes."""
     lower = np.tril(np.ones((u.shape[2], u.shape[2]), u.dtype))
     spec = "bhj,ij->bhi" if u.ndim == 3 else "ij,bhjs->bhis"
@@ -186,5 +190,5 @@ def _head_major(u: Float[Array, "b c r g n"], bias, dtype) -> Float[Array, "b h 
     return jnp.moveaxis(per_head(u, bias, dtype), 1, 2)
 
 
-def _matmul(spec: str, a: Array, b: Array, dtype: jnp.dtype) -> Array:
+def matmul(spec: str, a: Array, b: Array, dtype: jnp.dtype) -> Array:
     return jnp.einsum(spec, a, b, preferred_element_type=dtype)

@@ -1,0 +1,65 @@
+"""The models that experiments compare: Mamba-3 with its options, and the baselines, all as `--model.*` options."""
+
+import dataclasses
+from typing import Literal, get_args
+
+from mamba3_jax.checks import check_choice
+from mamba3_jax.layers import AttentionConfig, GatedDeltaNetConfig, Mamba2Config, Mamba3Config, MixerConfig
+from mamba3_jax.models import LMConfig
+
+Mixer = Literal["mamba3", "mamba2", "gated_deltanet", "attention"]
+BASELINES: dict[str, type] = {
+    "mamba2": Mamba2Config,
+    "gated_deltanet": GatedDeltaNetConfig,
+    "attention": AttentionConfig,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig(Mamba3Config):
+    """`n_layers` blocks of one mixer. A baseline takes the options that it has by the same name, and no other.
+
+    Attributes:
+        mixer: which layer mixes the tokens.
+        n_layers: blocks.
+        mlp_width: hidden width of each block's MLP; 0 is none.
+        n_heads: attention's heads.
+    """
+
+    mixer: Mixer = "mamba3"
+    n_layers: int = 1
+    mlp_width: int = 0
+    n_heads: int = 1
+
+    def __post_init__(self):
+        check_choice("mixer", self.mixer, get_args(Mixer))
+        if self.mixer == "mamba3":
+            super().__post_init__()
+            check_choice("implementation", self.implementation, ("recurrent", "chunked", None))
+        if self.n_layers < 1:
+            raise ValueError(f"n_layers: got {self.n_layers}; allowed: a positive integer")
+        known = {field.name for field in dataclasses.fields(BASELINES.get(self.mixer, Mamba3Config))}
+        for field in dataclasses.fields(self):
+            if field.name not in known | COMMON and getattr(self, field.name) != field.default:
+                raise ValueError(
+                    f"{field.name}: got {getattr(self, field.name)} with mixer {self.mixer!r}, which has no such "
+                    f"option; allowed: {field.default}"
+                )
+        self.mixer_config()
+
+    def mixer_config(self) -> MixerConfig:
+        """The mixer's own configuration, without the options of other mixers."""
+        kind = BASELINES.get(self.mixer, Mamba3Config)
+        names = {field.name for field in dataclasses.fields(self)}
+        given = {f.name: getattr(self, f.name) for f in dataclasses.fields(kind) if f.name in names}
+        if self.mixer == "attention" and self.rotation == "data_dependent":
+            given.pop("rotation")  # Mamba-3's default, which means attention's own
+        return kind(**given)
+
+    def lm(self, vocab_size: int) -> LMConfig:
+        """The whole model over a vocabulary."""
+        return LMConfig(self.mixer_config(), self.n_layers, vocab_size, mlp_width=self.mlp_width)
+
+
+# Options of the model, not of its mixer; and sizes of a state, which attention has none of but shares in a grid.
+COMMON = {"mixer", "n_layers", "mlp_width", "d_state", "head_dim"}

@@ -1,0 +1,138 @@
+"""Every table and figure of this project's results by name, with its command and what it costs."""
+
+import dataclasses
+import importlib
+import os
+import shlex
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from experiments.command import RESULTS, fail
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """One table or figure.
+
+    Attributes:
+        what: what it shows.
+        experiment: the module of experiments/ that makes it.
+        options: its command line.
+        results: the folder under results/ that holds it.
+        cpu, gpu: expected time on two CPU cores and on one H100.
+        smoke: options that shrink it until it runs in seconds, with results that mean nothing.
+    """
+
+    what: str
+    experiment: str
+    options: tuple[str, ...]
+    results: str
+    cpu: str
+    gpu: str
+    smoke: tuple[str, ...]
+
+    def command(self, results_dir: Path, smoke: bool) -> list[str]:
+        """The command line after `mamba3 experiment`."""
+        return [self.experiment, *self.options, *(self.smoke if smoke else ()), f"--results_dir={results_dir}"]
+
+
+# A single sweep, shrunk as grid.smoke_options shrinks a cell.
+SMOKE_SWEEP = (
+    *("--curriculum.lengths=[8]", "--learning_rates=[1e-3]", "--batch_size=4", "--max_steps=2", "--interval=1"),
+    *("--evaluate_every=2", "--validation_rows=8", "--test_rows=8", "--exact_lengths=[8]", "--uniform_from=null"),
+    "--curve_lengths=[16]",
+)
+SMOKE_LOCAL_ERROR = (
+    *("--dts=[0.125,0.0625,0.03125,0.015625]", "--starts=4", "--systems=16", "--train_steps=20", "--seeds=[0]"),
+)
+PARITY_CPU = ("--config", "configs/state_tracking/parity_cpu.yaml")
+
+RESULTS_BY_NAME: dict[str, Result] = {
+    "parity_cpu": Result(
+        "parity of 255 bits, trained on a laptop's CPU",
+        "state_tracking", PARITY_CPU, "parity_cpu", "4 min", "2 min", SMOKE_SWEEP,
+    ),
+    "parity_cpu_no_rotation": Result(
+        "the same without rotations: no parity",
+        "state_tracking", (*PARITY_CPU, "--model.rotation", "none"), "parity_cpu,model.rotation=none", "3 min", "2 min",
+        SMOKE_SWEEP,
+    ),
+    "table_5b": Result(
+        "table 5b: five models on parity and modular arithmetic",
+        "table_5b", ("--config", "configs/state_tracking/table_5b.yaml"), "table_5b", "days", "4 h", ("--smoke",),
+    ),
+    "local_error": Result(
+        "order of the local error of Euler, the trapezoid, and a learned lambda",
+        "local_error", (), "local_error", "1 min", "1 min", SMOKE_LOCAL_ERROR,
+    ),
+    "discretization": Result(
+        "tables 5a, 8 and 10: Euler against trapezoid, biases and convolution, on tasks and on a language model",
+        "discretization", ("--config", "configs/discretization.yaml"), "discretization", "days", "1 h", ("--smoke",),
+    ),
+    "retrieval": Result(
+        "MQAR, selective copying, induction heads, needles and word problems for five models",
+        "retrieval", ("--config", "configs/retrieval.yaml"), "retrieval", "days", "2 h", ("--smoke",),
+    ),
+    "chunked_latency": Result(
+        "time and memory of the chunked form",
+        "chunked_latency", (), "chunked_latency", "2 min", "1 min",
+        ("--b=1", "--t=64", "--h=1", "--p=8", "--n=8", "--lengths=[64]", "--repeats=1"),
+    ),
+    "sweep_throughput": Result(
+        "training many runs at once against a loop of single runs",
+        "sweep_throughput", (), "sweep_throughput", "10 min", "3 min",
+        (
+            *("--d_models=[32]", "--lengths=[8]", "--learning_rates=[1e-3,2e-3]"),
+            *("--batch_size=4", "--steps=1", "--repeats=1"),
+        ),
+    ),
+}  # fmt: skip
+
+USAGE = "usage: mamba3 reproduce NAME [--smoke], mamba3 reproduce --smoke (all of them), or mamba3 reproduce --list"
+
+
+def main(argv: list[str]) -> int:
+    """The command; returns the exit status."""
+    if argv == ["--list"]:
+        print(table())
+        return 0
+    names = [word for word in argv if not word.startswith("-")] or list(RESULTS_BY_NAME)
+    smoke = "--smoke" in argv
+    if set(argv) - {*names, "--smoke"} or (not smoke and len(names) != 1) or not argv:
+        fail(USAGE)
+    for name in names:
+        if name not in RESULTS_BY_NAME:
+            fail(f"reproduce: got {name!r}; allowed: {', '.join(RESULTS_BY_NAME)}")
+    if not smoke:
+        return _run(RESULTS_BY_NAME[names[0]], RESULTS / RESULTS_BY_NAME[names[0]].results, smoke)
+    # Nothing is to be learned, so that XLA's own effort is most of the time.
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0".strip()
+    with tempfile.TemporaryDirectory() as scratch:
+        for name in names:
+            began = time.perf_counter()
+            if status := _run(RESULTS_BY_NAME[name], Path(scratch) / name, smoke):
+                return status
+            print(f"smoke: {name} ran end to end in {time.perf_counter() - began:.0f} s", flush=True)
+    return 0
+
+
+def table() -> str:
+    """Names, expected times and commands."""
+    width = max(map(len, RESULTS_BY_NAME))
+    lines = []
+    for name, result in RESULTS_BY_NAME.items():
+        command = shlex.join(["mamba3", "experiment", result.experiment, *result.options])
+        lines.append(f"{name:{width}s}  {result.what}")
+        lines.append(f"{'':{width}s}  2 CPU cores: {result.cpu}, one H100: {result.gpu}; {command}")
+    return "\n".join(lines)
+
+
+def _run(result: Result, results_dir: Path, smoke: bool) -> int:
+    module = importlib.import_module(f"experiments.{result.experiment}")
+    return module.main(result.command(results_dir, smoke)[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,188 @@
+"""Table 5b of arXiv:2603.15569, whole: which models keep a state that they were asked to keep?
+
+    mamba3 experiment table_5b --config configs/state_tracking/table_5b.yaml
+
+Mamba-3, its rotation replaced or left out, Mamba-2 and Gated DeltaNet, on parity and on arithmetic modulo 5 without and
+with brackets. Each cell is a sweep over learning rates; of all widths and rates the best by validation is tested.
+"""
+
+import matplotlib
+
+from experiments import cell, grid
+from experiments.command import Command, parse
+from experiments.grid import GridConfig
+from experiments.report import seeds_text
+from experiments.state_tracking import deviations
+from mamba3_jax.tasks import get_task, scaled_accuracy
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402  (after the backend is chosen)
+
+# Scaled accuracy at length 256, percent.
+PAPER = {
+    ("mamba3", "parity"): 100.00,
+    ("mamba3", "modular_arithmetic"): 98.51,
+    ("mamba3", "modular_arithmetic_brackets"): 87.75,
+    ("mamba3-rope", "parity"): 1.56,
+    ("mamba3-rope", "modular_arithmetic"): 20.70,
+    ("mamba3-rope", "modular_arithmetic_brackets"): 2.62,
+    ("mamba3-none", "parity"): 2.27,
+    ("mamba3-none", "modular_arithmetic"): 1.49,
+    ("mamba3-none", "modular_arithmetic_brackets"): 0.72,
+    ("mamba2", "parity"): 0.90,
+    ("mamba2", "modular_arithmetic"): 47.81,
+    ("mamba2", "modular_arithmetic_brackets"): 0.88,
+    ("gated_deltanet", "parity"): 100.00,
+    ("gated_deltanet", "modular_arithmetic"): 99.25,
+    ("gated_deltanet", "modular_arithmetic_brackets"): 93.50,
+}
+NAMES = {
+    "mamba3": "Mamba-3",
+    "mamba3-rope": "Mamba-3, standard RoPE",
+    "mamba3-none": "Mamba-3, no RoPE",
+    "mamba2": "Mamba-2",
+    "gated_deltanet": "Gated DeltaNet, eigenvalues in [-1, 1]",
+}
+TASK_NAMES = {
+    "parity": "parity",
+    "modular_arithmetic": "mod 5, no brackets",
+    "modular_arithmetic_brackets": "mod 5, brackets",
+}
+
+
+def main(argv: list[str]) -> int:
+    """The command; returns the exit status."""
+    command = parse("table_5b", GridConfig, argv, cells=True)
+    cell.use_all_cores()
+    status = grid.run(command, deviations)
+    write_report(command)
+    return status
+
+
+def write_report(command: Command[GridConfig]) -> None:
+    """report.md and table.png, of the cells that are done."""
+    done = grid.summaries(command)
+    if not done:
+        return
+    command.results_dir.mkdir(parents=True, exist_ok=True)
+    (command.results_dir / "report.md").write_text(render(command, done))
+    plot(command, done)
+    print(f"report: {command.results_dir / 'report.md'}")
+
+
+def render(command: Command[GridConfig], done: dict[tuple[str, str, int], dict]) -> str:
+    """The table beside the paper's, how each cell was selected, and what deviates from the protocol."""
+    config = command.config
+    lines = [
+        "# State tracking: table 5b of arXiv:2603.15569",
+        "",
+        f"    {command.line}",
+        "",
+        "Scaled accuracy in percent (0 is a guess, 100 is perfect) on unseen rows of exactly 256 tokens, ours and in",
+        "brackets the paper's. Of all widths, learning rates, seeds and steps the best by validation is tested, once.",
+        "",
+        "| model | " + " | ".join(TASK_NAMES[task] for task in config.tasks) + " |",
+        "| --- |" + " --- |" * len(config.tasks),
+    ]
+    chosen = {(m, t): best for m in config.models for t in config.tasks if (best := _best(config, done, m, t))}
+    for model in config.models:
+        cells = []
+        for task in config.tasks:
+            ours = "not run" if (model, task) not in chosen else f"{_score(chosen[model, task])['scaled']:.2f}"
+            paper = PAPER.get((model, task))
+            cells.append(f"{ours} ({'-' if paper is None else f'{paper:.2f}'})")
+        lines.append("| " + " | ".join([NAMES.get(model, model), *cells]) + " |")
+    lines += [
+        "",
+        "![accuracy against length](table.png)",
+        "",
+        "## The cells",
+        "",
+        "Width, learning rate, seed and step were selected by validation at length 256.",
+        "",
+        "| model | task | width | learning rate | seed | step | test, scaled % | standard error | test rows | "
+        "rows of 40-256 | longest rows trained | other widths, validation | seeds |",
+        "|" + " --- |" * 13,
+    ]
+    for (model, task), summary in chosen.items():
+        run, score, mixed = summary["selected"], _score(summary), summary["test"].get("40-256")
+        others = [f"{d}: {100 * _validation(done[model, task, d]):.2f}" for d in config.d_models
+                  if (model, task, d) in done and d != summary["d_model"]]  # fmt: skip
+        seeds = seeds_text(summary) if len(summary["seeds"]) > 1 else "1"
+        cells = (
+            NAMES.get(model, model), TASK_NAMES[task], summary["d_model"], f"{run['learning_rate']:g}", run["seed"],
+            run["best_step"], f"{score['scaled']:.2f}", f"{score['standard_error']:.2f}", score["rows"],
+            "-" if mixed is None else f"{mixed['scaled']:.2f}", run["max_length"], ", ".join(others) or "-", seeds,
+        )  # fmt: skip
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    lines += ["", "## Deviations from the paper's protocol (appendix D)", ""]
+    lines += _deviations(done) or ["None."]
+    hours = sum(s["seconds"] for s in done.values()) / 3600
+    devices = ", ".join(sorted({s["device"] for s in done.values()}))
+    lines += ["", f"{len(done)} cells, {hours:.2f} hours of training in all, on {devices}.", ""]
+    return "\n".join(lines)
+
+
+def _deviations(done: dict[tuple[str, str, int], dict]) -> list[str]:
+    """Each deviation once, with the cells that it holds for."""
+    holders: dict[str, list[str]] = {}
+    for (model, task, d), summary in done.items():
+        for text in summary["deviations"]:
+            holders.setdefault(text, []).append(f"{model},{task},d={d}")
+    return [
+        f"- {text} ({'all cells' if len(names) == len(done) else ', '.join(names)})" for text, names in holders.items()
+    ]
+
+
+def _best(config: GridConfig, done: dict, model: str, task: str) -> dict | None:
+    """The summary of the width that validated best."""
+    widths = [d for d in config.d_models if (model, task, d) in done]
+    if not widths:
+        return None
+    d = max(widths, key=lambda d: _validation(done[model, task, d]))
+    return done[model, task, d] | {"d_model": d}
+
+
+def _validation(summary: dict) -> float:
+    """Scaled validation accuracy of the selected run, a fraction."""
+    best = summary["selected"]["validation"].get(summary["headline"])
+    return -1.0 if best is None else scaled_accuracy(best["accuracy"], get_task(summary["task"]).chance)
+
+
+def _score(summary: dict) -> dict:
+    return summary["test"][summary["headline"]]
+
+
+STYLES = {
+    "mamba3": dict(color="black", linestyle="-", marker="o"),
+    "mamba3-rope": dict(color="0.35", linestyle="--", marker="s"),
+    "mamba3-none": dict(color="0.35", linestyle=":", marker="D"),
+    "mamba2": dict(color="0.6", linestyle="-.", marker="^"),
+    "gated_deltanet": dict(color="0.6", linestyle="-", marker="v"),
+}
+
+
+def plot(command: Command[GridConfig], done: dict[tuple[str, str, int], dict]) -> None:
+    """table.png: accuracy against length, a panel per task and a line per model."""
+    config = command.config
+    figure, axes = plt.subplots(
+        1, len(config.tasks), figsize=(4.2 * len(config.tasks), 3.8), layout="constrained", sharey=True, squeeze=False
+    )
+    for axis, task in zip(axes[0], config.tasks):
+        trained = 0
+        for model in config.models:
+            summary = _best(config, done, model, task)
+            if summary is None:
+                continue
+            measured = summary["curve"] | {k: v for k, v in summary["test"].items() if k.isdigit()}
+            lengths = sorted(map(int, measured))
+            values = [measured[str(length)]["scaled"] for length in lengths]
+            axis.plot(lengths, values, label=NAMES.get(model, model), markersize=4, **STYLES.get(model, {}))
+            trained = max(trained, summary["selected"]["max_length"])
+        axis.axvspan(0, trained, color="0.9")
+        axis.set(xlabel="row length, tokens", title=f"{TASK_NAMES[task]} (trained in the grey range)", ylim=(-15, 107))
+        axis.title.set_fontsize(9)
+    axes[0, 0].set_ylabel("scaled accuracy, %")
+    axes[0, -1].legend(fontsize=7, loc="best")
+    figure.savefig(command.results_dir / "table.png", dpi=130, metadata={"Software": None})
+    plt.close(figure)

@@ -1,0 +1,254 @@
+"""What all experiments share: sweeps that survive a bad run, grids that resume, results by name, refusals."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import yaml
+
+from experiments import cell, grid, reproduce, sweep, table_5b
+from experiments.command import from_dict, parse
+from experiments.grid import GridConfig
+from experiments.models import ModelConfig
+from experiments.sweep import CurriculumConfig, Sweep
+from mamba3_jax import cli
+from mamba3_jax.layers import AttentionConfig, GatedDeltaNetConfig, Mamba2Config, Mamba3Config
+from mamba3_jax.tasks import accuracy, get_task, mqar
+from mamba3_jax.training.optimizer import OptimizerConfig
+
+MODELS = {
+    "mamba3": dict(),
+    "mamba2": dict(mixer="mamba2", conv_width=2),
+    "gated_deltanet": dict(mixer="gated_deltanet", conv_width=2),
+    "attention": dict(mixer="attention", n_heads=2),
+}
+
+
+def make_sweep(task="parity", model=None, **changes) -> Sweep:
+    task = get_task(task) if isinstance(task, str) else task
+    options = dict(
+        task=task, model=ModelConfig(**dict(d_model=8, d_state=8, head_dim=8) | (model or {})).lm(task.vocab_size),
+        optimizer=OptimizerConfig(warmup_steps=2), curriculum=CurriculumConfig((4, 8), 0.5), supervision="final",
+        batch_size=8, max_steps=20, peaks=(1e-2, 3e-3), seeds=(0, 1),
+    )  # fmt: skip
+    return Sweep(**options | changes)
+
+
+def test_a_run_that_is_not_finite_fails_and_leaves_the_others_alone():
+    """One of three runs gets a NaN; the others are what they are without it, and it keeps the parameters it had."""
+    three = make_sweep(peaks=(1e-2, 3e-3, 1e-3), seeds=(0, 1, 2))
+    healthy = three.init()
+    poisoned = jax.tree.map(lambda a: a.at[1].set(jnp.nan), healthy.parameters)
+    runs, metrics = three.train(healthy._replace(parameters=poisoned), 3)
+    expected, expected_metrics = three.train(healthy, 3)
+    assert runs.failed.tolist() == [False, True, False] and expected.failed.tolist() == [False] * 3
+    for got, want, before in zip(*map(jax.tree.leaves, (runs.parameters, expected.parameters, poisoned))):
+        np.testing.assert_array_equal(got[::2], want[::2])
+        np.testing.assert_array_equal(got[1], before[1])
+    np.testing.assert_array_equal(metrics.loss[::2], expected_metrics.loss[::2])
+
+
+def test_a_failed_run_is_said_to_have_failed_and_is_never_selected(tmp_path, monkeypatch):
+    """A cell of two rates, one of them poisoned in its third step: the report names it and tests the other."""
+    train, calls = Sweep.train, []
+
+    def poison(self, runs, steps):
+        calls.append(steps)
+        if len(calls) == 3:
+            runs = runs._replace(parameters=jax.tree.map(lambda a: a.at[0].set(jnp.inf), runs.parameters))
+        return train(self, runs, steps)
+
+    monkeypatch.setattr(Sweep, "train", poison)
+    command = command_of(tmp_path / "cell", max_steps=4)
+    assert cell.execute(command) == 0
+    summary = json.loads((tmp_path / "cell" / "summary.json").read_text())
+    assert [run["failed"] for run in summary["runs"]] == [True, False]
+    assert "then failed" in (tmp_path / "cell" / "report.md").read_text()
+    lines = [json.loads(line) for line in (tmp_path / "cell" / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["failed"] == [0] and lines[-1]["loss"][0] is None and lines[-1]["loss"][1] is not None
+    assert [run["best_step"] for run in summary["runs"]] == [2, summary["selected"]["best_step"]]
+
+
+def command_of(directory, **changes):
+    """A cell so small that it takes seconds."""
+    options = grid.smoke_options("parity") | dict(task="parity", learning_rates=[1e-3, 2e-3], **changes)
+    options["model"] = options["model"] | dict(d_model=8, head_dim=8)
+    config, text = from_dict(cell.Config, options, "test")
+    return cell.Command(config, text, directory, "a test")
+
+
+def test_a_sweep_that_does_not_fit_says_how_much_it_needs_and_what_to_lower(tmp_path, monkeypatch, capsys):
+    """The need is the compiler's own figure, so it grows with the batch."""
+    monkeypatch.setattr(sweep, "memory_available", lambda: 100_000)
+    with pytest.raises(SystemExit) as error:
+        cell.execute(command_of(tmp_path / "cell", batch_size=64))
+    message = capsys.readouterr().err
+    assert error.value.code == 2 and message.count("\n") == 1 and message.startswith("batch_size: got 64")
+    needed = int(message.split("needs ")[1].split(" ")[0].replace(",", ""))
+    assert "the 100,000 bytes there" in message and needed > 100_000
+    assert not (tmp_path / "cell").exists()
+    assert "lower batch_size, n_seeds or the number of learning_rates" in message
+    assert make_sweep(batch_size=128).memory_needed(1) > 1.5 * make_sweep(batch_size=32).memory_needed(1)
+
+
+def test_the_memory_that_is_there_is_the_machines():
+    total = sweep.memory_available() * len(jax.local_devices())
+    assert 2**28 < total < 2**46
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_two_rows_that_share_one_are_two_rows(model):
+    """Every model's answers on packed pairs are its answers on the rows by themselves."""
+    one = make_sweep("modular_arithmetic", MODELS[model], peaks=(1e-2,), seeds=(0,))
+    lm = one.merge(jax.tree.map(lambda p: p[0], one.init().parameters))
+    batch = one.task.sample_pairs(jax.random.key(1), 8, 9, 16)
+    packed, _ = jax.jit(lambda lm, b: lm(b.tokens, None, b.segment_ids))(lm, batch)
+    for i, first in enumerate((batch.segment_ids == 0).sum(1).tolist()):
+        alone, _ = lm(batch.tokens[i : i + 1, first:])
+        np.testing.assert_allclose(packed[i, first:], alone[0], rtol=1e-4, atol=1e-5)
+
+
+def test_logits_of_the_asked_positions_only_give_the_same_loss_and_accuracy():
+    """Against all logits, masked: for a task with several answers in a row, and for pairs of rows."""
+    for task, curriculum in ((mqar(2, vocab_size=16), CurriculumConfig((16,), exact=True)),
+                             (get_task("parity"), CurriculumConfig((8,)))):  # fmt: skip
+        one = make_sweep(task, peaks=(1e-2,), seeds=(0,), curriculum=curriculum)
+        parameters = jax.tree.map(lambda p: p[0], one.init().parameters)
+        batch = one._training_batch(jnp.asarray(0), jax.random.key(0), curriculum.lengths[0])
+        loss, correct = one._loss(parameters, batch)
+        logits, _ = one.merge(parameters)(batch.tokens, None, batch.segment_ids)
+        each = -jnp.take_along_axis(jax.nn.log_softmax(logits), batch.labels[..., None], -1)[..., 0]
+        np.testing.assert_allclose(loss, each[batch.mask].mean(), rtol=1e-5)
+        np.testing.assert_allclose(correct, accuracy(logits, batch), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "lengths, longest",
+    [((10, 20, 40, 80, 160), (10, 20, 40, 80, 160)), ((40, 80, 120, 160), (40, 80, 160, 160)), ((7, 9), (9, 9))],
+)
+def test_stages_share_sizes_that_hold_their_rows(lengths, longest):
+    curriculum = CurriculumConfig(lengths)
+    assert tuple(curriculum.longest(stage) for stage in range(len(lengths))) == longest
+
+
+def test_each_mixer_gets_its_own_options_and_no_others():
+    kinds = {"mamba3": Mamba3Config, "mamba2": Mamba2Config, "gated_deltanet": GatedDeltaNetConfig,
+             "attention": AttentionConfig}  # fmt: skip
+    for name, options in MODELS.items():
+        config = ModelConfig(d_model=8, d_state=8, head_dim=8, **options).mixer_config()
+        assert type(config) is kinds[name] and config.d_model == 8
+    assert ModelConfig(d_model=8, mixer="attention", rotation="none").mixer_config().rotation == "none"
+    with pytest.raises(ValueError, match="^rotation: got rope with mixer 'mamba2'"):
+        ModelConfig(d_model=8, head_dim=8, mixer="mamba2", rotation="rope")
+    with pytest.raises(ValueError, match="^mixer: got 'mamba4'"):
+        ModelConfig(d_model=8, mixer="mamba4")
+
+
+GRID = {
+    "shared": {"model": {"d_state": 8, "head_dim": 8}},
+    "models": {"mamba3": {}, "mamba2": {"mixer": "mamba2", "conv_width": 2}},
+    "tasks": {"parity": {}, "even_pairs": {}},
+    "d_models": [8, 16],
+}
+
+
+@pytest.fixture
+def tiny_grid(tmp_path):
+    """(options) -> the command of a grid of eight cells, two of them in smoke form."""
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(GRID, sort_keys=False))
+    argv = ["--config", str(path), "--results_dir", str(tmp_path / "results")]
+    return lambda *options: parse("table_5b", GridConfig, [*argv, *options], cells=True)
+
+
+def test_a_grid_is_every_model_on_every_task_at_every_width(tiny_grid):
+    places = list(grid.cells(tiny_grid().config))
+    assert {place[:3] for place in places} == {
+        (model, task, d) for model in GRID["models"] for task in GRID["tasks"] for d in GRID["d_models"]
+    }
+    for place in places:
+        assert (place.config.task, place.config.model.d_model) == (place.task, place.d_model)
+        assert place.config.model.mixer == place.model
+    smoke = list(grid.cells(tiny_grid().config, smoke=True))
+    assert {p.model for p in smoke} == set(GRID["models"]) and {p.task for p in smoke} == set(GRID["tasks"])
+
+
+def test_a_grid_runs_what_is_not_done_and_what_only_names(tiny_grid, monkeypatch):
+    """Killed after its first cell, it does the second; done, it does nothing; with --only, it does that."""
+    done, execute = [], cell.execute
+
+    def once(command, deviations):
+        done.append(command.results_dir.name)
+        return execute(command, deviations) if len(done) != 2 else 130
+
+    monkeypatch.setattr(cell, "execute", once)
+    assert grid.run(tiny_grid("--smoke", "--only", "*even_pairs*")) == 0
+    assert done == ["mamba2,even_pairs,d=8"]
+    assert grid.run(tiny_grid("--smoke")) == 130
+    assert grid.run(tiny_grid("--smoke")) == 0
+    assert done[1:] == ["mamba3,parity,d=8"] * 2
+    assert grid.run(tiny_grid("--smoke")) == 0 and len(done) == 3
+    found = grid.summaries(tiny_grid("--smoke"))
+    assert {key[:2] for key in found} == {("mamba2", "even_pairs"), ("mamba3", "parity")}
+    assert found["mamba3", "parity", 8]["command"].endswith("--only 'mamba3,parity,d=8'")
+
+
+def test_a_bad_cell_of_a_grid_is_named_in_one_line(tiny_grid, capsys):
+    config = dataclasses.replace(tiny_grid().config, models={"odd": {"rotation": "spin"}})
+    with pytest.raises(SystemExit):
+        list(grid.cells(config))
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1 and message.startswith("cell odd,parity,d=8: ") and "spin" in message
+
+
+def test_the_table_has_the_best_width_beside_the_papers_number_and_says_what_was_not_run():
+    """From made-up summaries: d=32 validates better, so its test counts, though d=64 tests better."""
+    command = parse("table_5b", GridConfig, ["--config", "configs/state_tracking/table_5b.yaml"], cells=True)
+
+    def summary(validation, test, d):
+        score = dict(accuracy=0.5 + test / 2, scaled=100 * test, standard_error=0.1, loss=0.1, rows=16384)
+        run = dict(learning_rate=1e-3, seed=0, best_step=7, max_length=160,
+                   validation={"256": dict(accuracy=0.5 + validation / 2, loss=0.1)})  # fmt: skip
+        return dict(
+            task="parity", headline="256", selected=run, test={"256": score, "40-256": score}, curve={},
+            seeds=[dict(test={"256": score})], deviations=[f"width {d}"], seconds=36.0, device="x",
+        )  # fmt: skip
+
+    done = {("mamba3", "parity", 64): summary(0.8, 0.95, 64), ("mamba3", "parity", 32): summary(0.9, 0.91, 32)}
+    text = table_5b.render(command, done)
+    assert "| Mamba-3 | 91.00 (100.00) | not run (98.51) | not run (87.75) |" in text
+    assert "| Gated DeltaNet, eigenvalues in [-1, 1] | not run (100.00) | not run (99.25) | not run (93.50) |" in text
+    assert "- width 64 (mamba3,parity,d=64)" in text and "64: 80.00" in text
+
+
+def test_reproduce_lists_every_result_with_its_cost(capsys):
+    assert cli.main(["reproduce", "--list"]) == 0
+    text = capsys.readouterr().out
+    for name, result in reproduce.RESULTS_BY_NAME.items():
+        assert f"{name} " in text and f"2 CPU cores: {result.cpu}, one H100: {result.gpu}" in text
+        assert f"mamba3 experiment {result.experiment}" in text
+
+
+def test_reproduce_knows_every_experiment():
+    """Whatever can be run has a name; state_tracking has several."""
+    assert {result.experiment for result in reproduce.RESULTS_BY_NAME.values()} == set(cli._experiments())
+
+
+@pytest.mark.parametrize(
+    "argv, given", [(["chess"], "'chess'"), ([], "usage"), (["parity_cpu", "--fast"], "usage"), (["a", "b"], "usage")]
+)
+def test_reproduce_refuses_what_it_does_not_know(argv, given, capsys):
+    try:
+        status = cli.main(["reproduce", *argv])
+    except SystemExit as error:
+        status = error.code
+    message = capsys.readouterr().err
+    assert status == 2 and message.count("\n") == 1 and given in message
+
+
+def test_reproduce_runs_a_result_end_to_end_in_smoke_form(capsys):
+    assert cli.main(["reproduce", "sweep_throughput", "--smoke"]) == 0
+    assert "sweep_throughput ran end to end" in capsys.readouterr().out
