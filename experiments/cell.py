@@ -99,7 +99,7 @@ class Config:
             raise ValueError(
                 f"max_steps: got {self.max_steps}; allowed: a multiple of evaluate_every={self.evaluate_every}"
             )
-        if not self.learning_rates or min(self.learning_rates) <= 0:
+        if not self.learning_rates or not all(rate > 0 for rate in self.learning_rates):
             raise ValueError(f"learning_rates: got {list(self.learning_rates)}; allowed: positive rates, at least one")
         if not self.exact_lengths:
             raise ValueError("exact_lengths: got []; allowed: at least one length")
@@ -237,16 +237,19 @@ def _draw(task: Task, key: PRNGKeyArray, rows: int, longest: int, size: int, sho
 def _report(command: Command[Config], training: Training, directory: RunDirectory, deviations) -> None:
     """Tests each seed's best run, and writes summary.json, accuracy.png and report.md."""
     config, sweep = command.config, training.sweep
-    chosen = [
-        training.best_of(i for i, pair in enumerate(config.pairs) if pair[1] == seed)
-        for seed in dict.fromkeys(sweep.seeds)
-    ]
+    # A seed whose runs all failed before their first validation has nothing to be tested.
+    chosen = [i for i in map(training.best_of, training.by_seed) if training.best_step[i]]
+    if not chosen:
+        fail(
+            f"learning_rates: got {list(config.learning_rates)}, of which every run failed before its first "
+            f"validation (a loss or gradient that is not finite, see {directory.path}); allowed: lower ones"
+        )
     print(f"testing the best run of each of {len(chosen)} seeds ...", flush=True)
     parameters = jax.tree.map(lambda p: p[np.array(chosen)], training.best)
     sets = evaluation_sets(config, "test")
     test = {name: evaluate(sweep, parameters, batches) for name, batches in sets.items()}
     rows = {name: sum(len(batch.tokens) for batch in batches) for name, batches in sets.items()}
-    selected = training.selected
+    selected = training.best_of(chosen)
     best = jax.tree.map(lambda p: p[selected : selected + 1], training.best)
     curve = {
         length: evaluate(sweep, best, _rows(config, CURVE_KEY, config.validation_rows, length, length))
@@ -255,10 +258,12 @@ def _report(command: Command[Config], training: Training, directory: RunDirector
     turns = None
     if isinstance(config.model.mixer_config(), Mamba3Config) and config.curve_lengths:
         model = sweep.merge(jax.tree.map(lambda p: p[0], best))
-        turns = report.turns_by_token(model, _rows(config, CURVE_KEY, 64, 64, 64)[0].tokens)
+        length = max(64, get_task(config.task).min_length)
+        turns = report.turns_by_token(model, _rows(config, CURVE_KEY, 64, length, length)[0].tokens)
     summary = report.summarize(command, training, chosen, test, rows, curve, deviations)
-    directory.write("summary.json", json.dumps(summary, indent=2) + "\n")
     report.plot(directory.path / "accuracy.png", summary, turns)
     directory.write("report.md", report.render(command, summary))
+    # The last to be written, because it marks the cell of a grid as done.
+    directory.write("summary.json", json.dumps(summary, indent=2) + "\n")
     print(report.headline(summary))
     print(f"report: {directory.path / 'report.md'}, figure: {directory.path / 'accuracy.png'}")

@@ -142,7 +142,7 @@ def flatten(values: dict, prefix: str = "") -> dict:
 
 def _one_line(error: Exception, config_class: type) -> str:
     message = " ".join(str(error).split())
-    if "does not accept option" in message or "unrecognized arguments" in message:
+    if any(text in message for text in ("does not accept option", "unrecognized arguments", "is not accepted")):
         message += f"; allowed: {', '.join(_keys(config_class))}"
     return message
 

@@ -20,6 +20,7 @@ from flax import nnx
 from experiments import cell, grid, state_tracking
 from experiments.command import Command, parse
 from experiments.grid import GridConfig
+from experiments.report import PAIRS
 from mamba3_jax.checks import check_choice
 from mamba3_jax.models import LM, count_parameters
 from mamba3_jax.tasks import RETRIEVAL_TASKS, TASKS
@@ -125,6 +126,7 @@ def main(argv: list[str]) -> int:
     command = parse("discretization", Config, argv, cells=True)
     cell.use_all_cores()
     status = 0
+    grid.check_only(command, *command.config.grids(command.smoke))
     for one in command.config.grids(command.smoke):
         status = status or grid.run(dataclasses.replace(command, config=one), deviations)
     write_report(command)
@@ -369,7 +371,7 @@ def _deviations(command: Command[Config], done: Done) -> list[str]:
             lines += [f"    - {text}" for text in told[0] if not text.startswith(COMPARED)]
         elif told:
             lines.append(f"- {_task_name(done, task)}: not a task of these tables, so no protocol to deviate from")
-    return lines
+    return [*lines, "", PAIRS + " Where all rows of a task have one length, that does not apply."]
 
 
 # How a deviation begins that is what this experiment varies.

@@ -12,7 +12,7 @@ import jax
 from jaxtyping import PRNGKeyArray
 
 from experiments import grid
-from experiments.command import Command
+from experiments.command import Command, fail
 from experiments.grid import Cell, GridConfig
 from experiments.training import INTERRUPTED, Training, evaluate
 from mamba3_jax.checks import check_choice
@@ -74,12 +74,12 @@ class Probe(NamedTuple):
         return f"{self.task.name},n={self.length}"
 
 
-def test_all_further(command: Command[RetrievalConfig]) -> int:
+def run_further_tests(command: Command[RetrievalConfig]) -> int:
     """The further tests of all finished cells that `--only` names; returns the exit status."""
     try:
         for place in grid.cells(command.config, command.smoke):
             if fnmatch.fnmatch(place.name, command.only):
-                test_further(command, place)
+                _run_further_tests(command, place)
     except KeyboardInterrupt:
         print("interrupted; the same command continues with the test that it was at")
         return INTERRUPTED
@@ -100,7 +100,7 @@ def further_tests(command: Command[RetrievalConfig], place: Cell) -> list[Probe]
     return [test for test in tests if place.model not in config.longest or test.length <= config.longest[place.model]]
 
 
-def test_further(command: Command[RetrievalConfig], place: Cell) -> None:
+def _run_further_tests(command: Command[RetrievalConfig], place: Cell) -> None:
     """Tests the selected model of a finished cell; each score is on disk before the next test begins."""
     directory = command.results_dir / place.name
     file = directory / FURTHER
@@ -109,6 +109,8 @@ def test_further(command: Command[RetrievalConfig], place: Cell) -> None:
     if not missing:
         return
     run = RunDirectory(directory, place.text)
+    if run.latest_step is None:
+        fail(f"results_dir: got {directory}, which has no checkpoint to test; allowed: one in which the cell trained")
     training = Training.start(place.config.sweep(), place.config.schedule, run)
     run.close()
     best = jax.tree.map(lambda p: p[training.selected : training.selected + 1], training.best)

@@ -12,9 +12,10 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from experiments import cell
-from experiments.command import Command, from_dict
+from experiments.command import Command, fail, from_dict
 from mamba3_jax.checks import check_choice
 from mamba3_jax.tasks import get_task
+from mamba3_jax.training.run_directory import check_same_config
 
 
 def smoke_options(task: str) -> dict[str, Any]:
@@ -99,11 +100,18 @@ def cells(config: GridConfig, smoke: bool = False) -> Iterator[Cell]:
         yield Cell(model, task, d_model, parsed, text)
 
 
+def check_only(command: Command, *grids: GridConfig) -> None:
+    """One line and status 2 if `--only` names no cell."""
+    names = [place.name for config in grids for place in cells(config, command.smoke)]
+    if not fnmatch.filter(names, command.only):
+        fail(f"only: got {command.only!r}, which matches no cell; allowed: a pattern of {', '.join(names)}")
+
+
 def run(command: Command[GridConfig], deviations=None) -> int:
     """Runs every cell that is not done yet and that `--only` names; returns the exit status."""
     for place in cells(command.config, command.smoke):
         directory = command.results_dir / place.name
-        if not fnmatch.fnmatch(place.name, command.only) or (directory / "summary.json").exists():
+        if not fnmatch.fnmatch(place.name, command.only) or _is_done(command, place):
             continue
         print(f"== {place.name}", flush=True)
         line = f"{command.line} --only '{place.name}'"
@@ -117,10 +125,22 @@ def summaries(command: Command[GridConfig]) -> dict[tuple[str, str, int], dict]:
     """The summary of every cell that is done."""
     found = {}
     for place in cells(command.config, command.smoke):
-        path = command.results_dir / place.name / "summary.json"
-        if path.exists():
-            found[place.model, place.task, place.d_model] = json.loads(path.read_text())
+        if _is_done(command, place):
+            summary = (command.results_dir / place.name / "summary.json").read_text()
+            found[place.model, place.task, place.d_model] = json.loads(summary)
     return found
+
+
+def _is_done(command: Command[GridConfig], place: Cell) -> bool:
+    """Whether a cell has its summary; one line and status 2 if that is of another configuration."""
+    directory = command.results_dir / place.name
+    if not (directory / "summary.json").exists():
+        return False
+    try:
+        check_same_config(directory, place.text)
+    except ValueError as error:
+        fail(str(error))
+    return True
 
 
 def merge(*options: dict) -> dict:

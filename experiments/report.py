@@ -41,10 +41,10 @@ def summarize(
     chance = get_task(config.task).chance
     runs = [
         dict(learning_rate=rate, seed=seed, best_step=training.best_step[i], validation=training.best_validation[i],
-             max_length=training.last["max_length"][i], failed=i in training.last["failed"])
+             max_length=training.best_length[i], failed=i in training.last["failed"])
         for i, (rate, seed) in enumerate(config.pairs)
     ]  # fmt: skip
-    selected = training.selected
+    selected = training.best_of(chosen)
 
     def score(accuracy: float, loss: float, rows: int) -> dict[str, float]:
         error = np.sqrt(accuracy * (1 - accuracy) / rows) / (1 - chance)
@@ -116,6 +116,8 @@ def render(command, summary: dict) -> str:
     ]
     if len(summary["seeds"]) > 1:
         lines += ["", f"Each seed's best run by validation, tested: {seeds_text(summary)}."]
+    if len(summary["seeds"]) < config.n_seeds:
+        lines += ["", f"{config.n_seeds - len(summary['seeds'])} seeds have no run that lived to its first validation."]
     lines += [
         "",
         "![accuracy against length, and the learned turn per token](accuracy.png)",
@@ -132,7 +134,7 @@ def render(command, summary: dict) -> str:
         cells = (f"{run['learning_rate']:g}", run["seed"], shown, run["best_step"], run["max_length"])
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     if summary["deviations"] is not None:
-        lines += ["", "## Deviations from the paper's protocol (appendix D)", ""]
+        lines += ["", "## Deviations from the protocol (the paper's appendix D)", ""]
         lines += [f"- {line}" for line in summary["deviations"]] or ["None."]
     if not config.curriculum.exact:
         lines += ["", PAIRS]

@@ -16,7 +16,7 @@ import numpy as np
 
 from experiments import cell, grid
 from experiments.command import Command, flatten, parse, to_dict
-from experiments.further_tests import FURTHER, Probe, RetrievalConfig, test_all_further
+from experiments.further_tests import FURTHER, Probe, RetrievalConfig, run_further_tests
 from experiments.grid import Cell
 from mamba3_jax.tasks import MQAR_SETTINGS, get_task, induction_heads, needle
 from mamba3_jax.tasks.word_problem import GROUPS
@@ -50,9 +50,10 @@ def main(argv: list[str]) -> int:
     """The command; returns the exit status."""
     command = parse("retrieval", RetrievalConfig, argv, cells=True)
     cell.use_all_cores()
+    grid.check_only(command, command.config)
     status = grid.run(command)
     if not status:
-        status = test_all_further(command)
+        status = run_further_tests(command)
     write_report(command)
     return status
 
@@ -144,6 +145,7 @@ IN_WORDS = (
     "Word problems (groups after arXiv:2404.08819): n ~ U{3..longest} tokens, every prefix's product is asked for in "
     "training and the whole's in tests, each block has an MLP, and the length grows in stages. There is no published "
     "setting of these models to match.",
+    "Mamba-3 starts with step sizes up to 1 on word problems (`model.dt_max`), where the others keep their own start.",
     "States: every layer of Mamba-3, Mamba-2 and Gated DeltaNet holds expand * d_model * d_state numbers; MIMO has the "
     "same state and more parameters. Mamba-2 and Gated DeltaNet have their short convolution, Mamba-3 none.",
 )

@@ -217,7 +217,7 @@ def _train(sweep: Sweep, steps: int, longest: int, runs: Runs) -> tuple[Runs, Me
     )(runs, jnp.asarray(sweep.peaks), sweep.keys("data"))
     metrics = jax.tree.map(lambda m: m.mean(axis=0), metrics)
     done = (metrics.accuracy >= sweep.curriculum.gate_accuracy) | (runs.stage_steps >= sweep.curriculum.stage_steps)
-    advance = done & (runs.stage < len(sweep.curriculum.lengths) - 1)
+    advance = done & ~runs.failed & (runs.stage < len(sweep.curriculum.lengths) - 1)
     return runs._replace(
         stage=runs.stage + advance, stage_steps=jnp.where(advance, 0, runs.stage_steps)
     ), metrics

@@ -2,8 +2,9 @@
 
     mamba3 experiment sweep_throughput
 
-Both train the same runs, learning rates of one model, on the same rows; the loop one after the other. Times are medians
-of `repeats` calls of `steps` steps, compilation apart. A results directory holds summary.json and report.md.
+Both train the same runs, learning rates of one model, on the same devices; a loop takes as long as one run by itself
+does, times their number. Times are medians of `repeats` calls of `steps` steps, compilation apart. A results directory
+holds summary.json and report.md.
 """
 
 import dataclasses
@@ -14,7 +15,6 @@ import time
 
 import jax
 
-from experiments import cell
 from experiments.command import Command, parse, results_folder
 from experiments.models import ModelConfig
 from experiments.state_tracking import LEARNING_RATES
@@ -59,7 +59,6 @@ def main(argv: list[str]) -> int:
     """The command; returns the exit status."""
     command = parse("sweep_throughput", Config, argv)
     folder = results_folder(command)
-    cell.use_all_cores()
     with jax.default_matmul_precision("highest"):
         rows = [
             _measure(command.config, task, n_layers, d_model, length)
@@ -124,9 +123,9 @@ def render(command: Command[Config], summary: dict) -> str:
         "",
         f"    {summary['command']}",
         "",
-        f"{len(command.config.learning_rates)} learning rates of one model, vmapped, against a loop that trains one",
-        f"after the other; batches of {command.config.batch_size} rows, float32 with full matmul precision, on",
-        f"{summary['device']}, jax {summary['jax']}. Medians of {command.config.repeats} calls of "
+        f"{len(command.config.learning_rates)} learning rates of one model, vmapped, against a loop of them, which",
+        f"is one run's time as often; batches of {command.config.batch_size} rows, float32 with full matmul precision,",
+        f"on {summary['device']}, jax {summary['jax']}. Medians of {command.config.repeats} calls of "
         f"{command.config.steps} steps. Tokens are those of the rows, without padding.",
         "",
         "| task | layers | width | longest rows | runs at once, ms per step | one run, ms per step | tokens/s per run, "

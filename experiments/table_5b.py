@@ -11,7 +11,7 @@ import matplotlib
 from experiments import cell, grid
 from experiments.command import Command, parse
 from experiments.grid import GridConfig
-from experiments.report import seeds_text
+from experiments.report import PAIRS, seeds_text
 from experiments.state_tracking import deviations
 from mamba3_jax.tasks import get_task, scaled_accuracy
 
@@ -54,6 +54,7 @@ def main(argv: list[str]) -> int:
     """The command; returns the exit status."""
     command = parse("table_5b", GridConfig, argv, cells=True)
     cell.use_all_cores()
+    grid.check_only(command, command.config)
     status = grid.run(command, deviations)
     write_report(command)
     return status
@@ -81,10 +82,10 @@ def render(command: Command[GridConfig], done: dict[tuple[str, str, int], dict])
         "Scaled accuracy in percent (0 is a guess, 100 is perfect) on unseen rows of exactly 256 tokens, ours and in",
         "brackets the paper's. Of all widths, learning rates, seeds and steps the best by validation is tested, once.",
         "",
-        "| model | " + " | ".join(TASK_NAMES[task] for task in config.tasks) + " |",
+        "| model | " + " | ".join(_task_name(task) for task in config.tasks) + " |",
         "| --- |" + " --- |" * len(config.tasks),
     ]
-    chosen = {(m, t): best for m in config.models for t in config.tasks if (best := _best(config, done, m, t))}
+    chosen = {(m, t): best for m in config.models for t in config.tasks if (best := _best(done, m, t))}
     for model in config.models:
         cells = []
         for task in config.tasks:
@@ -106,17 +107,17 @@ def render(command: Command[GridConfig], done: dict[tuple[str, str, int], dict])
     ]
     for (model, task), summary in chosen.items():
         run, score, mixed = summary["selected"], _score(summary), summary["test"].get("40-256")
-        others = [f"{d}: {100 * _validation(done[model, task, d]):.2f}" for d in config.d_models
-                  if (model, task, d) in done and d != summary["d_model"]]  # fmt: skip
+        others = [f"{d}: {100 * _validation(other):.2f}" for (m, t, d), other in done.items()
+                  if (m, t) == (model, task) and d != summary["d_model"]]  # fmt: skip
         seeds = seeds_text(summary) if len(summary["seeds"]) > 1 else "1"
         cells = (
-            NAMES.get(model, model), TASK_NAMES[task], summary["d_model"], f"{run['learning_rate']:g}", run["seed"],
+            NAMES.get(model, model), _task_name(task), summary["d_model"], f"{run['learning_rate']:g}", run["seed"],
             run["best_step"], f"{score['scaled']:.2f}", f"{score['standard_error']:.2f}", score["rows"],
             "-" if mixed is None else f"{mixed['scaled']:.2f}", run["max_length"], ", ".join(others) or "-", seeds,
         )  # fmt: skip
         lines.append("| " + " | ".join(map(str, cells)) + " |")
-    lines += ["", "## Deviations from the paper's protocol (appendix D)", ""]
-    lines += _deviations(done) or ["None."]
+    lines += ["", "## Deviations from the protocol (the paper's appendix D)", ""]
+    lines += [*_deviations(done), "", PAIRS]
     hours = sum(s["seconds"] for s in done.values()) / 3600
     devices = ", ".join(sorted({s["device"] for s in done.values()}))
     lines += ["", f"{len(done)} cells, {hours:.2f} hours of training in all, on {devices}.", ""]
@@ -134,9 +135,9 @@ def _deviations(done: dict[tuple[str, str, int], dict]) -> list[str]:
     ]
 
 
-def _best(config: GridConfig, done: dict, model: str, task: str) -> dict | None:
+def _best(done: dict, model: str, task: str) -> dict | None:
     """The summary of the width that validated best."""
-    widths = [d for d in config.d_models if (model, task, d) in done]
+    widths = [d for m, t, d in done if (m, t) == (model, task)]
     if not widths:
         return None
     d = max(widths, key=lambda d: _validation(done[model, task, d]))
@@ -147,6 +148,10 @@ def _validation(summary: dict) -> float:
     """Scaled validation accuracy of the selected run, a fraction."""
     best = summary["selected"]["validation"].get(summary["headline"])
     return -1.0 if best is None else scaled_accuracy(best["accuracy"], get_task(summary["task"]).chance)
+
+
+def _task_name(task: str) -> str:
+    return TASK_NAMES.get(task, task)
 
 
 def _score(summary: dict) -> dict:
@@ -171,7 +176,7 @@ def plot(command: Command[GridConfig], done: dict[tuple[str, str, int], dict]) -
     for axis, task in zip(axes[0], config.tasks):
         trained = 0
         for model in config.models:
-            summary = _best(config, done, model, task)
+            summary = _best(done, model, task)
             if summary is None:
                 continue
             measured = summary["curve"] | {k: v for k, v in summary["test"].items() if k.isdigit()}
@@ -179,10 +184,15 @@ def plot(command: Command[GridConfig], done: dict[tuple[str, str, int], dict]) -
             values = [measured[str(length)]["scaled"] for length in lengths]
             axis.plot(lengths, values, label=NAMES.get(model, model), markersize=4, **STYLES.get(model, {}))
             trained = max(trained, summary["selected"]["max_length"])
-        axis.axvspan(0, trained, color="0.9")
-        axis.set(xlabel="row length, tokens", title=f"{TASK_NAMES[task]} (trained in the grey range)", ylim=(-15, 107))
+        if trained:
+            axis.axvspan(0, trained, color="0.9")
+        else:
+            axis.text(0.5, 0.5, "not run", ha="center", va="center", transform=axis.transAxes)
+        axis.axhline(0, color="0.4", linestyle=":", linewidth=1)
+        axis.set(xlabel="row length, tokens", title=f"{_task_name(task)} (trained in the grey range)", ylim=(-15, 107))
         axis.title.set_fontsize(9)
     axes[0, 0].set_ylabel("scaled accuracy, %")
-    axes[0, -1].legend(fontsize=7, loc="best")
+    lines = {text: line for axis in axes[0] for line, text in zip(*axis.get_legend_handles_labels())}
+    figure.legend(lines.values(), lines.keys(), fontsize=8, loc="outside lower center", ncols=len(lines))
     figure.savefig(command.results_dir / "table.png", dpi=130, metadata={"Software": None})
     plt.close(figure)

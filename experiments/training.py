@@ -52,6 +52,7 @@ class Training:
     best: nnx.State
     best_validation: list[dict[str, Score]]
     best_step: list[int]
+    best_length: list[int]
     seconds: float
     last: dict
 
@@ -59,7 +60,7 @@ class Training:
     def start(cls, sweep: Sweep, schedule: Schedule, directory: RunDirectory) -> "Training":
         """From the directory's newest checkpoint, or from nothing."""
         runs, n = sweep.init(), len(sweep.seeds)
-        fresh = cls(sweep, schedule, runs, runs.parameters, [{} for _ in range(n)], [0] * n, 0.0, {})
+        fresh = cls(sweep, schedule, runs, runs.parameters, [{} for _ in range(n)], [0] * n, [0] * n, 0.0, {})
         restored = directory.restore(dict(runs=runs, best=fresh.best))
         if restored is None:
             return fresh
@@ -72,9 +73,19 @@ class Training:
 
     @property
     def done(self) -> bool:
-        best = self.best_validation[self.selected].get(self.schedule.headline)
+        """At the last step, or when each seed has a run that solved the headline or none that lives."""
+        return self.step >= self.sweep.max_steps or all(map(self._settled, self.by_seed))
+
+    def _settled(self, seed: list[int]) -> bool:
+        best = self.best_validation[self.best_of(seed)].get(self.schedule.headline)
         solved = best is not None and best["accuracy"] >= self.schedule.solved
-        return self.step >= self.sweep.max_steps or solved or bool(self.runs.failed.all())
+        return solved or all(np.asarray(self.runs.failed)[seed])
+
+    @property
+    def by_seed(self) -> list[list[int]]:
+        """The runs of each seed."""
+        seeds = self.sweep.seeds
+        return [[i for i, other in enumerate(seeds) if other == seed] for seed in dict.fromkeys(seeds)]
 
     @property
     def selected(self) -> int:
@@ -87,7 +98,7 @@ class Training:
 
     def save(self, directory: RunDirectory) -> None:
         """Starts to write a checkpoint."""
-        names = ("best_validation", "best_step", "seconds", "last")
+        names = ("best_validation", "best_step", "best_length", "seconds", "last")
         extra = {name: getattr(self, name) for name in names}
         directory.save(self.step, dict(runs=self.runs, best=self.best), extra)
 
@@ -118,6 +129,7 @@ class Training:
             better.append(not failed and _rank(mine, self.schedule) > _rank(previous, self.schedule))
             if better[i]:
                 self.best_validation[i], self.best_step[i] = mine, self.step
+                self.best_length[i] = self.last["max_length"][i]
         keep = jnp.asarray(better)
 
         def newer(new, old):

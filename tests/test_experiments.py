@@ -14,6 +14,7 @@ from experiments.command import from_dict, parse
 from experiments.grid import GridConfig
 from experiments.models import ModelConfig
 from experiments.sweep import CurriculumConfig, Sweep
+from experiments.training import Schedule, Training
 from mamba3_jax import cli
 from mamba3_jax.layers import AttentionConfig, GatedDeltaNetConfig, Mamba2Config, Mamba3Config
 from mamba3_jax.tasks import accuracy, get_task, mqar
@@ -196,6 +197,51 @@ def test_a_grid_runs_what_is_not_done_and_what_only_names(tiny_grid, monkeypatch
     assert found["mamba3", "parity", 8]["command"].endswith("--only 'mamba3,parity,d=8'")
 
 
+def test_only_that_matches_nothing_is_refused(tiny_grid, capsys):
+    command = tiny_grid("--only", "nope")
+    with pytest.raises(SystemExit):
+        grid.check_only(command, command.config)
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1 and message.startswith("only: got 'nope'") and "mamba3,parity,d=8" in message
+
+
+def test_a_finished_cell_of_another_config_is_refused(tiny_grid, capsys):
+    """Not shown in a table beside cells of this one, and not skipped as done."""
+    command = tiny_grid("--smoke")
+    place = next(grid.cells(command.config, smoke=True))
+    folder = command.results_dir / place.name
+    folder.mkdir(parents=True)
+    (folder / "summary.json").write_text("{}")
+    (folder / "config.yaml").write_text(place.text.replace("batch_size: 4", "batch_size: 8"))
+    for look in (grid.run, grid.summaries):
+        with pytest.raises(SystemExit):
+            look(command)
+        message = capsys.readouterr().err
+        assert message.count("\n") == 1 and "'batch_size: 8' there, 'batch_size: 4' here" in message
+
+
+def test_a_sweep_whose_runs_all_fail_before_a_validation_reports_no_result(tmp_path, capsys, monkeypatch):
+    init = Sweep.init
+    nan = lambda runs: runs._replace(parameters=jax.tree.map(lambda a: a * jnp.nan, runs.parameters))  # noqa: E731
+    monkeypatch.setattr(Sweep, "init", lambda self: nan(init(self)))
+    with pytest.raises(SystemExit):
+        cell.execute(command_of(tmp_path / "cell"))
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1 and message.startswith("learning_rates: got [0.001, 0.002], of which every run")
+    assert not (tmp_path / "cell" / "summary.json").exists()
+
+
+@pytest.mark.parametrize("solved, ends", [((0,), False), ((0, 3), True)])
+def test_a_sweep_ends_early_only_when_every_seed_is_solved(solved, ends):
+    """Two seeds of two rates: runs 0 and 1 are of the first, 2 and 3 of the second."""
+    one = make_sweep(peaks=(1e-2, 3e-3) * 2, seeds=(0, 0, 1, 1))
+    schedule = Schedule(1, 1, "8", "accuracy", solved=0.9)
+    scores = [{"8": dict(accuracy=1.0 if i in solved else 0.5, loss=1.0)} for i in range(4)]
+    training = Training(one, schedule, one.init(), None, scores, [1] * 4, [8] * 4, 0.0, {})
+    assert training.done is ends
+    assert training.by_seed == [[0, 1], [2, 3]]
+
+
 def test_a_bad_cell_of_a_grid_is_named_in_one_line(tiny_grid, capsys):
     config = dataclasses.replace(tiny_grid().config, models={"odd": {"rotation": "spin"}})
     with pytest.raises(SystemExit):
@@ -238,7 +284,8 @@ def test_reproduce_knows_every_experiment():
 
 
 @pytest.mark.parametrize(
-    "argv, given", [(["chess"], "'chess'"), ([], "usage"), (["parity_cpu", "--fast"], "usage"), (["a", "b"], "usage")]
+    "argv, given",
+    [(["chess"], "'chess'"), ([], "usage"), (["parity_cpu", "--fast"], "got --fast"), (["a", "b"], "usage")],
 )
 def test_reproduce_refuses_what_it_does_not_know(argv, given, capsys):
     try:

@@ -1,6 +1,7 @@
 """The retrieval experiment: its grid, its report from synthetic numbers, the depth of its needles, and a smoke run."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -167,7 +168,7 @@ def test_a_row_that_is_long_goes_alone(places, monkeypatch):
     assert len({tuple(row) for batch in batches for row in np.asarray(batch.tokens)}) == 4
 
 
-def test_a_smoke_run_leaves_its_files_and_each_score_under_its_depth(tmp_path, monkeypatch):
+def test_a_smoke_run_leaves_its_files_and_each_score_under_its_depth(tmp_path, monkeypatch, capsys):
     """The score is replaced by where the needle was, so that a cell of the heat map shows its own depth."""
 
     def where_the_needle_is(sweep, parameters, batches):
@@ -187,7 +188,7 @@ def test_a_smoke_run_leaves_its_files_and_each_score_under_its_depth(tmp_path, m
     for depth in (0.0, 0.25, 0.5, 0.75, 1.0):
         score = scores[f"needle_at_{depth:g},n=64"]
         assert score["rows"] == 4 and score["accuracy"] == pytest.approx(depth, abs=0.5 / 59)
-    assert table((tmp_path / "report.md").read_text(), "Needle in a haystack")["Mamba-3", "64"] == "50.2"
+    assert table((tmp_path / "report.md").read_text(), "Needle in a haystack")["Gated DeltaNet", "64"] == "50.2"
 
     # What is done is not done again; a score that is missing is measured by itself.
     del scores["needle_at_1,n=64"]
@@ -195,3 +196,12 @@ def test_a_smoke_run_leaves_its_files_and_each_score_under_its_depth(tmp_path, m
     monkeypatch.setattr(further_tests, "evaluate", lambda *_: dict(accuracy=[0.125]))
     assert cli.main(argv) == 0
     assert json.loads(file.read_text()) == scores | {"needle_at_1,n=64": dict(accuracy=0.125, rows=4)}
+
+    # Without the checkpoint, as in a clone, nothing is made up and nothing is lost.
+    shutil.rmtree(file.parent / "checkpoints")
+    file.write_text(json.dumps(scores))
+    metrics = (file.parent / "metrics.jsonl").read_text()
+    with pytest.raises(SystemExit):
+        cli.main(argv)
+    assert "no checkpoint to test" in capsys.readouterr().err
+    assert json.loads(file.read_text()) == scores and (file.parent / "metrics.jsonl").read_text() == metrics

@@ -1,11 +1,13 @@
 """The state-tracking experiment: its command line, what it leaves behind, that interrupted runs resume exactly."""
 
+import dataclasses
 import json
 import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +16,8 @@ import pytest
 import yaml
 from flax import nnx
 
-from experiments import command, report, state_tracking
+from experiments import command, grid, report, state_tracking
+from experiments.models import Mixer, ModelConfig
 from experiments.sweep import CurriculumConfig, Sweep
 from experiments.training import INTERRUPTED
 from mamba3_jax import cli
@@ -206,10 +209,39 @@ def test_results_go_where_the_config_and_its_overrides_say(tiny):
     assert state_tracking.Config(**{k: v for k, v in vars(parsed.config).items()}) == parsed.config
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "state_tracking").glob("*.yaml")), ids=lambda p: p.stem)
-def test_every_config_in_the_tree_is_valid_and_names_known_keys(path):
+CONFIGS = {
+    "state_tracking": [path for path in (ROOT / "configs/state_tracking").glob("parity*.yaml")],
+    "table_5b": [ROOT / "configs/state_tracking/table_5b.yaml"],
+    "discretization": [ROOT / "configs/discretization.yaml"],
+    "retrieval": [ROOT / "configs/retrieval.yaml"],
+}
+
+
+def test_every_config_in_the_tree_is_tested():
+    assert {path for paths in CONFIGS.values() for path in paths} == set((ROOT / "configs").rglob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS["state_tracking"], ids=lambda p: p.stem)
+def test_every_config_of_one_sweep_is_valid_and_names_known_keys(path):
     config = command.parse("state_tracking", state_tracking.Config, ["--config", str(path)]).config
     assert config.task == yaml.safe_load(path.read_text())["task"]
+
+
+def test_every_cell_of_the_table_is_valid_and_its_own_model():
+    options = ["--config", str(CONFIGS["table_5b"][0])]
+    places = list(grid.cells(command.parse("table_5b", grid.GridConfig, options, cells=True).config))
+    assert len(places) == 30 and {place.config.model.mixer for place in places} == set(get_args(Mixer)) - {"attention"}
+
+
+def test_a_baseline_without_its_convolution_is_a_deviation_and_with_it_is_none():
+    model = dict(d_model=64, d_state=64, head_dim=64, mixer="mamba2")
+    with_conv, without = (
+        dataclasses.replace(state_tracking.protocol("parity"), model=ModelConfig(**model, **options))
+        for options in ({}, {"conv_width": 0})
+    )
+    assert with_conv.model.conv_width == 4 and state_tracking.deviations(with_conv) == []
+    (line,) = state_tracking.deviations(without)
+    assert line.startswith("`model.conv_width` is 0; ") and line.endswith("default is 4")
 
 
 def test_the_paper_config_deviates_from_the_protocol_nowhere():

@@ -25,9 +25,9 @@ from mamba3_jax.layers.norm import RMSNorm
 from mamba3_jax.layers.parameters import Undecayed, linear, log_decay_rate, step_size_bias
 from mamba3_jax.ops.delta_rule import CHUNK_SIZE, gated_delta_rule
 
-# The initial decays, drawn as Mamba-2 draws its own: the step size log-uniformly, the rate |A| uniformly.
+# The initial decays: the step size log-uniformly as Mamba-2's, the rate |A| uniformly from (almost) 0, as released.
 DT_RANGE = (1e-3, 0.1)
-A_RANGE = (1.0, 16.0)
+A_RANGE = (1e-4, 16.0)
 # Added to a squared length, so that a zero key stays zero; the released implementation's value.
 LENGTH_EPS = 1e-6
 

@@ -1,7 +1,7 @@
 """The Mamba-2 mixer, arXiv:2405.21060: the baseline that Mamba-3 starts from.
 
     z = z_proj(u)    x, B, C = silu(conv(xBC_proj(u)))    dt = softplus(dt_proj(u) + dt_bias)    A = -exp(A_log)
-    y = out_proj(RMSNorm(ssd(x, B, C, dt, A) * silu(z)))
+    y = out_proj(RMSNorm(ssd(x, B, C, dt, A) * silu(z)))        the norm over the heads of a group
 
 Its SSD, h_t = exp(dt A) h_{t-1} + dt B_t x_t^T with y_t = C_t^T h_t + D x_t, is exactly this library's operator with
 lambda = 1 (exponential-Euler), no rotation and no biases; table 1 of arXiv:2603.15569.
@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 from mamba3_jax.checks import check_array, check_rank
 from mamba3_jax.layers.conv import CausalConv
 from mamba3_jax.layers.mamba3 import MixerState
-from mamba3_jax.layers.norm import RMSNorm
+from mamba3_jax.layers.norm import rms_norm
 from mamba3_jax.layers.parameters import Undecayed, linear, log_decay_rate, step_size_bias
 from mamba3_jax.ops import EULER, SSMState, ssm
 
@@ -97,7 +97,7 @@ class Mamba2(nnx.Module):
         self.dt_bias = Undecayed(step_size_bias(rngs.params(), h, config.dt_min, config.dt_max))
         self.A_log = Undecayed(log_decay_rate(rngs.params(), h, config.A_min, config.A_max))
         self.D = Undecayed(jnp.ones(h))
-        self.norm = RMSNorm(config.d_inner)
+        self.norm_weight = Undecayed(jnp.ones((config.ngroups, config.d_inner // config.ngroups)))
         self.out_proj = linear(config.d_inner, d, rngs=rngs, dtype=dtype, residual_branches=residual_branches)
 
     def __call__(
@@ -135,7 +135,8 @@ class Mamba2(nnx.Module):
             chunk_size=cfg.chunk_size,
         )
         y = y.reshape(b, t, cfg.d_inner).astype(dt.dtype) * jax.nn.silu(self.z_proj(u).astype(dt.dtype))
-        return self.out_proj(self.norm(y).astype(u.dtype)), MixerState(ssm_state, tail)
+        y = rms_norm(y.reshape(b, t, cfg.ngroups, -1), self.norm_weight[...]).reshape(b, t, cfg.d_inner)
+        return self.out_proj(y.astype(u.dtype)), MixerState(ssm_state, tail)
 
     def step(self, u: Float[Array, "b d"], state: MixerState) -> tuple[Float[Array, "b d"], MixerState]:
         """One decode step."""

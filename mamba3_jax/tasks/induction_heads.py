@@ -18,7 +18,6 @@ from mamba3_jax.tasks.task import Task, uniform_integers
 
 SPECIAL, ORDINARY_0 = 0, 1
 VOCAB_SIZE = 16
-TRAINING_LENGTH = 256
 TEST_LENGTHS = tuple(2**i for i in range(6, 21))
 
 

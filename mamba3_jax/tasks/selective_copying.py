@@ -18,7 +18,6 @@ from jaxtyping import Array, Int, PRNGKeyArray
 from mamba3_jax.tasks.task import Task, distinct_integers, uniform_integers
 
 NOISE, DATA_0 = 0, 1
-CONTEXT = 4096
 DATA_TOKENS, VOCAB_SIZE = 16, 16
 
 

@@ -31,7 +31,7 @@ class RunDirectory:
         self.path = path
         existing = path / CONFIG
         if existing.exists():
-            _check_same(path, existing.read_text(), config)
+            check_same_config(path, config)
         elif path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise ValueError(f"results_dir: got {path}, which holds other files; allowed: a run or a new path")
         path.mkdir(parents=True, exist_ok=True)
@@ -41,12 +41,17 @@ class RunDirectory:
             options=ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=True),
         )
 
+    @property
+    def latest_step(self) -> int | None:
+        """The step of the newest checkpoint; None if there is none."""
+        return self._checkpoints.latest_step()
+
     def restore(self, like: Any) -> tuple[Any, dict] | None:
         """The newest checkpoint's (arrays, extra), shaped as `like`; None if there is none yet.
 
         Drops the metrics that were written after it.
         """
-        step = self._checkpoints.latest_step()
+        step = self.latest_step
         if step is None:
             (self.path / METRICS).unlink(missing_ok=True)
             return None
@@ -88,7 +93,9 @@ class RunDirectory:
         _write_whole(self.path / METRICS, "".join(kept))
 
 
-def _check_same(path: Path, existing: str, config: str) -> None:
+def check_same_config(path: Path, config: str) -> None:
+    """Raises ValueError, naming the first difference, if the run directory at `path` is of another configuration."""
+    existing = (path / CONFIG).read_text()
     if existing == config:
         return
     before, now = existing.splitlines(), config.splitlines()
