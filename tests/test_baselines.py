@@ -204,7 +204,8 @@ def plain_mamba2(c: Mamba2Config, w: dict, u: np.ndarray) -> tuple[np.ndarray, l
         ys.append(np.einsum("hpn,hn->hp", H, C[i]) + w["D",][:, None] * x[i])
         states.append([H, *tails[i]])
     y = np.reshape(ys, (t, h * p)) * silu(u @ w["z_proj", "kernel"])
-    return normalise(y, w["norm_weight",][0]) @ w["out_proj", "kernel"], states
+    weight = w["norm_weight",]
+    return normalise(y.reshape(len(y), *weight.shape), weight).reshape(y.shape) @ w["out_proj", "kernel"], states
 
 
 def plain_gated_deltanet(c: GatedDeltaNetConfig, w: dict, u: np.ndarray) -> tuple[np.ndarray, list]:
