@@ -177,7 +177,7 @@ def perplexities(done: Done) -> dict[str, Perplexity]:
     for (model, task), summary in done.items():
         if task == TEXT:
             losses = [seed["test"][summary["headline"]]["loss"] for seed in summary["seeds"]]
-            # A run that failed before its first validation has nothing to be tested.
+            # A loss that is not finite is None in a summary.
             found[model] = Perplexity(tuple(math.inf if loss is None else math.exp(loss) for loss in losses))
     return found
 

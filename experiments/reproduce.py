@@ -33,9 +33,9 @@ class Result:
     gpu: str
     smoke: tuple[str, ...]
 
-    def command(self, results_dir: Path, smoke: bool) -> list[str]:
-        """The command line after `mamba3 experiment`."""
-        return [self.experiment, *self.options, *(self.smoke if smoke else ()), f"--results_dir={results_dir}"]
+    def argv(self, results_dir: Path, smoke: bool) -> list[str]:
+        """The command line after `mamba3 experiment NAME`."""
+        return [*self.options, *(self.smoke if smoke else ()), f"--results_dir={results_dir}"]
 
 
 # A single sweep, shrunk as grid.smoke_options shrinks a cell.
@@ -141,7 +141,7 @@ def table() -> str:
 
 def _run(result: Result, results_dir: Path, smoke: bool) -> int:
     module = importlib.import_module(f"experiments.{result.experiment}")
-    return module.main(result.command(results_dir, smoke)[1:])
+    return module.main(result.argv(results_dir, smoke))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,12 @@ from jaxtyping import Array, Float, Int
 from mamba3_jax.layers.parameters import Undecayed
 
 
+def check_tail(tail: Array | None, conv_width: int) -> None:
+    """Raises ValueError for a mixer's state that has a convolution's tail where its config has no taps, or has none."""
+    if (tail is None) != (conv_width == 0):
+        raise ValueError(f"state: got one of another config; allowed: of conv_width {conv_width}")
+
+
 class CausalConv(nnx.Module):
     """y_t = silu(bias + sum_w weight_w x_{t-w}), per channel, within one document.
 

@@ -20,7 +20,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from mamba3_jax.checks import check_array, check_rank
-from mamba3_jax.layers.conv import CausalConv
+from mamba3_jax.layers.conv import CausalConv, check_tail
 from mamba3_jax.layers.norm import RMSNorm
 from mamba3_jax.layers.parameters import Undecayed, linear, log_decay_rate, step_size_bias
 from mamba3_jax.ops.delta_rule import CHUNK_SIZE, gated_delta_rule
@@ -113,8 +113,7 @@ class GatedDeltaNet(nnx.Module):
         check_array("u", u, "b t d", dict(b=b, t=t, d=cfg.d_model))
         if state is None:
             state = self.empty_state(b)
-        if (state.conv is None) != (cfg.conv_width == 0):
-            raise ValueError(f"state: got one of another config; allowed: of conv_width {cfg.conv_width}")
+        check_tail(state.conv, cfg.conv_width)
         qkv, tail = self.qkv_proj(u), None
         if cfg.conv_width:
             qkv, tail = self.conv(qkv, state.conv, segment_ids)

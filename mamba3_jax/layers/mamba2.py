@@ -16,7 +16,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from mamba3_jax.checks import check_array, check_rank
-from mamba3_jax.layers.conv import CausalConv
+from mamba3_jax.layers.conv import CausalConv, check_tail
 from mamba3_jax.layers.mamba3 import MixerState
 from mamba3_jax.layers.norm import rms_norm
 from mamba3_jax.layers.parameters import Undecayed, linear, log_decay_rate, step_size_bias
@@ -112,8 +112,7 @@ class Mamba2(nnx.Module):
         check_array("u", u, "b t d", dict(b=b, t=t, d=cfg.d_model))
         if state is None:
             state = self.empty_state(b)
-        if (state.conv is None) != (cfg.conv_width == 0):
-            raise ValueError(f"state: got one of another config; allowed: of conv_width {cfg.conv_width}")
+        check_tail(state.conv, cfg.conv_width)
         xBC, tail = self.xBC_proj(u), None
         if cfg.conv_width:
             xBC, tail = self.conv(xBC, state.conv, segment_ids)

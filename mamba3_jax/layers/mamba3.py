@@ -21,7 +21,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from mamba3_jax.checks import check_array, check_choice, check_rank
-from mamba3_jax.layers.conv import CausalConv
+from mamba3_jax.layers.conv import CausalConv, check_tail
 from mamba3_jax.layers.norm import RMSNorm, rms_norm
 from mamba3_jax.layers.parameters import Undecayed, linear, step_size_bias
 from mamba3_jax.ops import (
@@ -207,8 +207,8 @@ class Mamba3(nnx.Module):
         cfg = self.config
         b, t, _ = check_rank("u", u, "b t d")
         check_array("u", u, "b t d", dict(b=b, t=t, d=cfg.d_model))
-        if state is not None and (state.conv is None) != (cfg.conv_width == 0):
-            raise ValueError(f"state: got one of another config; allowed: of conv_width {cfg.conv_width}")
+        if state is not None:
+            check_tail(state.conv, cfg.conv_width)
         parts = self._project(u)
         tail = None
         if cfg.conv_width:
