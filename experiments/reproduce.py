@@ -88,6 +88,10 @@ RESULTS_BY_NAME: dict[str, Result] = {
         "chunked_latency", (), "chunked_latency", "2 min", "1 min",
         ("--b=1", "--t=64", "--h=1", "--p=8", "--n=8", "--lengths=[64]", "--repeats=1"),
     ),
+    "kernel_latency": Result(
+        "time, bandwidth, memory and accuracy of the operator's implementations beside Mamba-2 and attention",
+        "kernel_latency", (), "kernel_latency", "not for CPUs", "6 min", ("--smoke",),
+    ),
     "sweep_throughput": Result(
         "training many runs at once against a loop of single runs",
         "sweep_throughput", (), "sweep_throughput", "10 min", "3 min",

@@ -1,5 +1,5 @@
-"""Pallas kernels of the Mamba-3 operator, for GPUs (Triton lowering) and TPUs (Mosaic). Imports jax only.
+"""Pallas kernels of the Mamba-3 operator, for GPUs (Triton lowering) and, later, TPUs (Mosaic). Imports jax only.
 
-No kernel is in this release: `mamba3_jax.ops.ssm` says so to whoever asks for implementation "triton" or "tpu", and
-picks "chunked" for everybody else.
+JAX says of every kernel that it lowers through Triton that this way is deprecated: a DeprecationWarning, which Python
+hides unless told otherwise. pyproject caps jax until the kernels have moved.
 """

@@ -15,6 +15,7 @@ What it computes is in discretization.py (time steps), rotation.py (angles), rec
 
 import functools
 import logging
+from collections.abc import Callable
 from typing import Literal, NamedTuple, get_args
 
 import jax
@@ -24,11 +25,20 @@ from jaxtyping import Array, Float, Int
 from mamba3_jax.checks import check_array, check_choice, check_rank, check_segment_ids
 from mamba3_jax.ops import output
 from mamba3_jax.ops.chunked import chunked, default_chunk_size
+from mamba3_jax.ops.decode import decode
 from mamba3_jax.ops.discretization import exponential_trapezoidal
 from mamba3_jax.ops.inputs import Inputs
 from mamba3_jax.ops.recurrent import recurrent
-from mamba3_jax.ops.rotation import Pairing, Rotation, from_pair_order, to_pair_order
+from mamba3_jax.ops.rotation import (
+    Pairing,
+    Rotation,
+    from_interleaved,
+    from_pair_order,
+    to_interleaved,
+    to_pair_order,
+)
 from mamba3_jax.ops.state import SSMState
+from mamba3_jax.ops.triton import refusal, triton
 
 Implementation = Literal["recurrent", "chunked", "triton", "tpu"]
 
@@ -80,7 +90,9 @@ def ssm(
         initial_state: what a previous call returned; None is zero. It continues the document open at each row's start.
         segment_ids: document of each token, non-decreasing along t; every document after a row's first starts from
             zero. Checked where it is concrete, which inside jit it is not.
-        implementation: None picks by backend and shape; an explicit choice never falls back.
+        implementation: None picks by backend and shape; an explicit choice never falls back. "triton", the kernels for
+            NVIDIA GPUs, runs under `jit` with shardings on each device's rows and heads, and inside a `shard_map` over
+            all axes of the mesh with check_vma=False.
         chunk_size: largest chunk of "chunked"; None takes a measured default.
 
     Returns:
@@ -93,13 +105,17 @@ def ssm(
     call = _check(
         x, B, C, dt, A, lam, omega, B_bias, C_bias, D, z, mimo_x, mimo_z, mimo_o, rotation, segment_ids, chunk_size
     )
-    state = _prepare_state(initial_state, call)
+    picked = _choose(implementation, call.t, functools.partial(refusal, x, B, C, omega, z))
+    # The kernels want neighbouring pairs, which for SISO are those of the checkpoint: nothing to move.
+    orders = (to_interleaved, from_interleaved) if picked == "triton" else (to_pair_order, from_pair_order)
+    to_order, from_order = (functools.partial(f, s=call.s, pairing=call.pairing) for f in orders)
+    state = _prepare_state(initial_state, call, to_order)
     inputs = Inputs(
         x=x,
-        B=to_pair_order(B, call.s, call.pairing),
-        C=to_pair_order(C, call.s, call.pairing),
-        B_bias=_prepare_bias(B_bias, call),
-        C_bias=_prepare_bias(C_bias, call),
+        B=to_order(B),
+        C=to_order(C),
+        B_bias=_prepare_bias(B_bias, call, to_order),
+        C_bias=_prepare_bias(C_bias, call, to_order),
         coefficients=exponential_trapezoidal(
             dt.astype(call.dtype), A.astype(call.dtype), jnp.broadcast_to(jnp.asarray(lam, call.dtype), dt.shape)
         ),
@@ -107,20 +123,23 @@ def ssm(
         mimo_x=None if mimo_x is None else mimo_x.astype(call.dtype),
         segment_ids=segment_ids,
     )
-    match _choose(implementation, call.t):
+    match picked:
+        case "triton":
+            y, state = triton(inputs, state, D=D, z=z, mimo_z=mimo_z, mimo_o=mimo_o)
         case "recurrent":
             o, state = recurrent(inputs, state)
+            y = _epilogue(o, x, D, z, mimo_x, mimo_z, mimo_o)
         case "chunked":
             o, state = chunked(inputs, state, chunk_size or default_chunk_size(jax.default_backend(), call.r))
+            y = _epilogue(o, x, D, z, mimo_x, mimo_z, mimo_o)
+    return y.astype(x.dtype), state._replace(ssm=from_order(state.ssm), k=from_order(state.k))
+
+
+def _epilogue(o: Float[Array, "b t r h p"], x, D, z, mimo_x, mimo_z, mimo_o) -> Array:
     o = output.gate(output.skip(o, x, D, mimo_x), z, mimo_z)
     if mimo_x is None:
-        y = o[:, :, 0]
-    else:
-        y = o if mimo_o is None else output.reduce_ranks(o, mimo_o)
-    final = state._replace(
-        ssm=from_pair_order(state.ssm, call.s, call.pairing), k=from_pair_order(state.k, call.s, call.pairing)
-    )
-    return y.astype(x.dtype), final
+        return o[:, :, 0]
+    return o if mimo_o is None else output.reduce_ranks(o, mimo_o)
 
 
 def ssm_step(
@@ -145,7 +164,8 @@ def ssm_step(
 ) -> tuple[Float[Array, "b h p"] | Float[Array, "b r h p"], SSMState]:
     """One decode step: `ssm` of a single token, without the time axis. Arguments, errors and source as there.
 
-    Start from `SSMState.zeros` or from the state that a prefill with `ssm` returned.
+    Start from `SSMState.zeros` or from the state that a prefill with `ssm` returned. On a GPU one kernel does it, which
+    keeps the dtypes of the state (its ssm, k and v may be bfloat16).
     """
 
     for name, value, letters in (("x", x, "b h p"), ("B", B, "b r g n"), ("C", C, "b r g n"), ("dt", dt, "b h")):
@@ -154,33 +174,66 @@ def ssm_step(
     def with_time(u):
         return u[:, None] if getattr(u, "ndim", 0) > 1 else u
 
-    y, state = ssm(
-        *map(with_time, (x, B, C, dt, A, lam, omega)),
-        B_bias=B_bias,
-        C_bias=C_bias,
-        D=D,
-        z=with_time(z),
-        mimo_x=mimo_x,
-        mimo_z=mimo_z,
-        mimo_o=mimo_o,
-        rotation=rotation,
-        initial_state=state,
-        implementation=implementation,
-    )
+    tokens = [with_time(u) for u in (x, B, C, dt, A, lam, omega)]
+    shared = dict(B_bias=B_bias, C_bias=C_bias, D=D, mimo_x=mimo_x, mimo_z=mimo_z, mimo_o=mimo_o, rotation=rotation)
+    if implementation == "triton":
+        _check_gpu()
+    if implementation == "triton" or (implementation is None and _one_gpu()):
+        _check_state(state, _check(*tokens, z=with_time(z), **shared, segment_ids=None, chunk_size=None))
+        try:
+            result = decode(x, B, C, dt, A, lam, omega, z=z, **shared, state=state)
+            _log_choice("triton", jax.default_backend(), "steps")
+            return result
+        except NotImplementedError as reason:
+            # The kernel refuses sizes and dtypes before it computes.
+            if implementation == "triton":
+                raise
+            _log_choice("recurrent", jax.default_backend(), f"steps ({reason})")
+            implementation = "recurrent"
+    y, state = ssm(*tokens, z=with_time(z), **shared, initial_state=state, implementation=implementation)
     return y[:, 0], state
 
 
-def _choose(implementation: Implementation | None, t: int) -> str:
+def _choose(implementation: Implementation | None, t: int, refuses: Callable[[], str | None]) -> str:
+    """`refuses` says why the GPU kernels cannot do the call, or None."""
     if implementation is None:
-        picked = "recurrent" if t == 1 else "chunked"
-        _log_choice(picked, jax.default_backend(), "one token" if t == 1 else "sequences")
+        picked, what = ("recurrent", "one token") if t == 1 else ("chunked", "sequences")
+        if t > 1 and _platform() == "cuda":
+            reason = refuses()
+            picked, what = (picked, f"sequences ({reason})") if reason else ("triton", what)
+        _log_choice(picked, jax.default_backend(), what)
         return picked
     check_choice("implementation", implementation, get_args(Implementation))
-    if implementation in ("triton", "tpu"):
+    if implementation == "tpu":
         raise NotImplementedError(
-            f"implementation: got {implementation!r}, whose kernels are not written yet; allowed: recurrent, chunked"
+            "implementation: got 'tpu', whose kernels are not written yet; allowed: recurrent, chunked, triton"
         )
+    if implementation == "triton":
+        _check_gpu()
+        if reason := refuses():
+            raise NotImplementedError(reason)
     return implementation
+
+
+def _platform() -> str:
+    """What the kernels are compiled for: "cuda" on GPUs that they are written for."""
+    device = jax.local_devices()[0]
+    if device.platform != "gpu":
+        return device.platform
+    return "rocm" if "rocm" in device.client.platform_version.lower() else "cuda"
+
+
+def _one_gpu() -> bool:
+    """Several could each hold a part of the state, and the decode kernel does not know to leave it there."""
+    return _platform() == "cuda" and jax.device_count() == 1
+
+
+def _check_gpu() -> None:
+    if _platform() != "cuda":
+        raise NotImplementedError(
+            f"implementation: got 'triton' on a machine with {_platform()} devices, whose kernels need an NVIDIA GPU; "
+            "allowed: recurrent, chunked"
+        )
 
 
 @functools.cache
@@ -204,23 +257,25 @@ class _Call(NamedTuple):
     pairing: Pairing
 
 
-def _prepare_state(state: SSMState | None, call: _Call) -> SSMState:
-    if state is None:
-        return SSMState.zeros(call.b, call.h, call.p, call.n, call.r, call.s, call.dtype)
+def _check_state(state: SSMState, call: _Call) -> None:
     if not isinstance(state, SSMState):
         raise TypeError(f"initial_state: got {type(state).__name__}; allowed: SSMState, or None")
     for name, letters in zip(SSMState._fields, ("b h s", "b h p n", "b h r n", "b h p")):
         check_array(f"initial_state.{name}", getattr(state, name), letters, call._asdict())
+
+
+def _prepare_state(state: SSMState | None, call: _Call, to_order: Callable[[Array], Array]) -> SSMState:
+    if state is None:
+        return SSMState.zeros(call.b, call.h, call.p, call.n, call.r, call.s, call.dtype)
+    _check_state(state, call)
     state = state.map(lambda a: a.astype(call.dtype))
-    return state._replace(
-        ssm=to_pair_order(state.ssm, call.s, call.pairing), k=to_pair_order(state.k, call.s, call.pairing)
-    )
+    return state._replace(ssm=to_order(state.ssm), k=to_order(state.k))
 
 
-def _prepare_bias(bias: Array | None, call: _Call) -> Array:
+def _prepare_bias(bias: Array | None, call: _Call, to_order: Callable[[Array], Array]) -> Array:
     if bias is None:
         return jnp.zeros((call.h, call.r, call.n), call.dtype)
-    return to_pair_order(bias.astype(call.dtype), call.s, call.pairing)
+    return to_order(bias.astype(call.dtype))
 
 
 def _prepare_turns(omega: Array | None, dt: Array, rotation: Rotation, call: _Call) -> dict[str, Array]:

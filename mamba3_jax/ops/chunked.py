@@ -12,6 +12,7 @@ exp, so nothing overflows. Of several chunks each is recomputed in the backward 
 c x t; a row of one chunk keeps what it computed.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -64,11 +65,11 @@ def chunked(inputs: Inputs, state: SSMState, chunk_size: int) -> tuple[Float[Arr
     carry = _enter(inputs, state)
     if chunks == 1:
         carry, o = body(carry, _whole_row(inputs))
-        return o, _leave(inputs, carry)
+        return o, leave(inputs, carry.angle, carry.ssm, carry.angle_at_start)
     xs = jax.tree.map(lambda u: split_time(u, chunks, c), _whole_row(inputs))
     carry, o = jax.lax.scan(jax.checkpoint(body, prevent_cse=False), carry, xs)
     o = jnp.moveaxis(o, 0, 1).reshape(b, chunks * c, *o.shape[3:])[:, :t]
-    return o, _leave(inputs, carry)
+    return o, leave(inputs, carry.angle, carry.ssm, carry.angle_at_start)
 
 
 def default_chunk_size(backend: str, r: int) -> int:
@@ -100,20 +101,29 @@ def split_time(u: Array, chunks: int, c: int) -> Array:
 
 
 def _enter(inputs: Inputs, state: SSMState) -> _Carry:
-    """h_in += carry_0 v_prev k_prev^T: the trapezoid's left end of the first token."""
-    owed = jnp.einsum("bhrp,bhrn->bhpn", expand_ranks(state.v, inputs.mimo_x), state.k, precision="highest")
-    ssm = state.ssm + inputs.coefficients.carry[:, 0, :, None, None] * owed
+    ssm = enter(inputs, state)
     if inputs.segment_ids is None:
         return _Carry(state.angle, ssm, None, None)
     return _Carry(state.angle, ssm, inputs.segment_ids[:, 0], jnp.zeros_like(state.angle))
 
 
-def _leave(inputs: Inputs, carry: _Carry) -> SSMState:
-    """The state after the last token, its angle counted from the start of the last document."""
-    angle, ssm = carry.angle, carry.ssm
-    if carry.angle_at_start is not None:
-        angle = wrap(angle - carry.angle_at_start)
-        ssm = rotate(ssm, -carry.angle_at_start[:, :, None])
+def enter(inputs: Inputs, state: SSMState) -> Float[Array, "b h p n"]:
+    """h_in += carry_0 v_prev k_prev^T: the trapezoid's left end of the first token."""
+    owed = jnp.einsum("bhrp,bhrn->bhpn", expand_ranks(state.v, inputs.mimo_x), state.k, precision="highest")
+    return state.ssm + inputs.coefficients.carry[:, 0, :, None, None] * owed
+
+
+def leave(
+    inputs: Inputs,
+    angle: Float[Array, "b h s"],
+    ssm: Float[Array, "b h p n"],
+    angle_at_start: Float[Array, "b h s"] | None,
+    rotate: Callable[[Array, Array], Array] = rotate,
+) -> SSMState:
+    """The state after the last token, its angle counted from the start of the last document of packed rows."""
+    if angle_at_start is not None:
+        angle = wrap(angle - angle_at_start)
+        ssm = rotate(ssm, -angle_at_start[:, :, None])
     k = rotate(per_head(inputs.B[:, -1], inputs.B_bias, ssm.dtype), angle[:, :, None])
     return SSMState(angle, ssm, k, inputs.x[:, -1].astype(ssm.dtype))
 

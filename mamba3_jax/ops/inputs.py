@@ -1,4 +1,7 @@
-"""What every form of the operator starts from: arrays in pair order, discretised, in float32 where sums are taken."""
+"""What every form of the operator starts from: arrays discretised, in float32 where sums are taken.
+
+The state axis is in pair order, and for the GPU kernels in the order of neighbouring pairs (rotation.py).
+"""
 
 from typing import NamedTuple
 

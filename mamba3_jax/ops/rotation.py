@@ -69,6 +69,12 @@ def split_pairs(u: Float[Array, "*shape n"], s: int) -> list[Float[Array, "*shap
     return jax.lax.split(u, (s, s, u.shape[-1] - 2 * s), axis=u.ndim - 1)
 
 
+def rotate_interleaved(u: Float[Array, "*#shape n"], angle: Float[Array, "*#shape s"]) -> Float[Array, "*#shape n"]:
+    """`rotate` for u whose pairs are neighbours."""
+    s = angle.shape[-1]
+    return from_pair_order(rotate(to_pair_order(u, s, "interleaved"), angle), s, "interleaved")
+
+
 def to_pair_order(u: Float[Array, "*shape n"], s: int, pairing: Pairing) -> Float[Array, "*shape n"]:
     """Permutes the last axis from the checkpoint's order to pair order."""
     if s == 0:
@@ -91,3 +97,13 @@ def from_pair_order(u: Float[Array, "*shape n"], s: int, pairing: Pairing) -> Fl
         pairs = jnp.stack([first, second], axis=-1).reshape(*u.shape[:-1], 2 * s)
         return jnp.concatenate([pairs, rest], axis=-1)
     return jnp.concatenate([first, rest[..., : half - s], second, rest[..., half - s :]], axis=-1)
+
+
+def to_interleaved(u: Float[Array, "*shape n"], s: int, pairing: Pairing) -> Float[Array, "*shape n"]:
+    """Permutes the last axis from the checkpoint's order to neighbouring pairs: the kernels' order, and SISO's own."""
+    return u if pairing == "interleaved" else from_pair_order(to_pair_order(u, s, pairing), s, "interleaved")
+
+
+def from_interleaved(u: Float[Array, "*shape n"], s: int, pairing: Pairing) -> Float[Array, "*shape n"]:
+    """The inverse of `to_interleaved`."""
+    return u if pairing == "interleaved" else from_pair_order(to_pair_order(u, s, "interleaved"), s, pairing)

@@ -1,0 +1,63 @@
+"""From the arguments of `ssm_step` to the decode kernel for GPUs, pallas/triton/decode.py."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from mamba3_jax.ops.discretization import exponential_trapezoidal
+from mamba3_jax.ops.rotation import Rotation
+from mamba3_jax.ops.state import SSMState
+from pallas.triton.decode import State, Token, Weights, decode_step
+
+
+def decode(
+    x: Float[Array, "b h p"],
+    B: Float[Array, "b r g n"],
+    C: Float[Array, "b r g n"],
+    dt: Float[Array, "b h"],
+    A: Float[Array, "b h"],
+    lam: Float[Array, "b h"] | float,
+    omega: Float[Array, " b #h s"] | Float[Array, " s"] | None = None,
+    *,
+    state: SSMState,
+    B_bias: Float[Array, "h r n"] | None = None,
+    C_bias: Float[Array, "h r n"] | None = None,
+    D: Float[Array, " h"] | None = None,
+    z: Float[Array, "b h p"] | None = None,
+    mimo_x: Float[Array, "h r p"] | None = None,
+    mimo_z: Float[Array, "h r p"] | None = None,
+    mimo_o: Float[Array, "h r p"] | None = None,
+    rotation: Rotation = "data_dependent",
+    interpret: bool = False,
+) -> tuple[Float[Array, "b h p"] | Float[Array, "b r h p"], SSMState]:
+    """`ssm_step` on checked arguments, in one kernel; `interpret` runs it without a GPU.
+
+    The state keeps its dtypes (ssm, k and v float32 or bfloat16) and is updated in place where the caller donates it.
+
+    Raises:
+        NotImplementedError: p or n not a power of two, a rank other than 1, 2, 4, 8, or float64.
+    """
+    turns = rotation != "none"
+    token = Token(
+        x=x,
+        B=B,
+        C=C,
+        **_coefficients(dt, A, lam),
+        omega=omega,
+        clock=dt if rotation == "data_dependent" else None,
+        z=z,
+    )
+    y, new = decode_step(
+        State(*state)._replace(**({} if turns else dict(angle=None))),
+        token,
+        Weights(B_bias=B_bias, C_bias=C_bias, D=D, mimo_x=mimo_x, mimo_z=mimo_z, mimo_o=mimo_o),
+        pairing="interleaved" if mimo_x is None else "half",
+        interpret=interpret,
+    )
+    return y, SSMState(*(new if turns else new._replace(angle=state.angle)))
+
+
+def _coefficients(dt, A, lam) -> dict[str, Array]:
+    """Three numbers per head: XLA makes them together with the softplus and sigmoid that dt, A and lam come from."""
+    dtype = jnp.promote_types(dt.dtype, jnp.float32)
+    dt, A, lam = (jnp.broadcast_to(jnp.asarray(u, dtype), dt.shape)[:, None] for u in (dt, A, lam))
+    return {name: u[:, 0] for name, u in exponential_trapezoidal(dt, A, lam)._asdict().items()}

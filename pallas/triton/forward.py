@@ -1,0 +1,166 @@
+"""The forward pass in two kernels: states from chunk to chunk, then every chunk's output by itself.
+
+    states   h <- through h + sum_j exit_j k_j v_j^T                             one program per row, head and segment
+    outputs  o_i = entry_i q_i h + sum_j W_ij (q_i . k_j) v_j,  y = (o + D v) silu(z)    one per chunk and head
+
+Sections 3.1.3 and 3.3 of arXiv:2603.15569; entry, exit and through in operands.py, W in tiles.py. One fused pass would
+move fewer bytes and is bound by the latency of its serial chain; here only the cheap pass is serial. Where batch x
+heads leave the GPU empty, time is cut into segments: a pass from zero finds what each segment adds, a short scan
+gives each its initial state, and a second pass starts from it.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from pallas.triton import tiles
+from pallas.triton.block_sizes import BlockSizes
+from pallas.triton.operands import Operands, at_heads, specs
+from pallas.triton.tiles import Tiling
+
+
+def _state_kernel(
+    segment_ref, ops: Operands, h0_ref, entries_ref, end_ref, through_ref, *, tiling: Tiling, chunks: int
+):
+    """ops of one row and head; h0, end (n, p) float32, through () float32; entries (chunks, n, p) or None."""
+    first = segment_ref[...] * chunks
+    slabs = tiles.slabs(tiling)
+
+    def body(i, carry):
+        h, through = carry
+        chunk = first + i
+        t0 = chunk * tiling.c
+        B = tiles.load_slabs(tiling, ops.B, t0)
+        v = values(tiling, ops, t0)
+        if entries_ref is not None:
+            for slab, u in zip(slabs, h):
+                entries_ref[chunk, slab.channels] = u.astype(entries_ref.dtype)
+        k = tiles.project(tiling, B, ops.B_bias, tiles.turns(tiling, ops, chunk), v.dtype)
+        written = (v.astype(jnp.float32) * tiling.of_token(ops.exit, t0)[:, None]).astype(v.dtype)
+        kept = ops.through[chunk]
+        return [u * kept + tiling.dot(k_, written, (0, 0)) for u, k_ in zip(h, k)], through * kept
+
+    h, through = lax.fori_loop(0, chunks, body, ([h0_ref[slab.channels] for slab in slabs], jnp.float32(1)))
+    for slab, u in zip(slabs, h):
+        end_ref[slab.channels] = u
+    through_ref[...] = through
+
+
+def values(tiling: Tiling, ops: Operands, t0) -> jax.Array:
+    """v, (rows, p) in the dtype of x."""
+    x = tiling.of_token(ops.x, t0, slice(None))
+    if ops.mimo_x is None:
+        return x
+    return (x.astype(jnp.float32) * tiling.of_rank(ops.mimo_x, slice(None))).astype(x.dtype)
+
+
+def _output_kernel(chunk_ref, ops: Operands, entry_ref, y_ref, *, tiling: Tiling):
+    """ops of one row and head, entry (n, p) of one chunk, y (t, p), or (t r, p) where the ranks stay."""
+    chunk = chunk_ref[...]
+    t0 = chunk * tiling.c
+    slabs = tiles.slabs(tiling)
+    B, C = tiles.load_slabs(tiling, ops.B, t0), tiles.load_slabs(tiling, ops.C, t0)
+    v = values(tiling, ops, t0)
+    z = None if ops.z is None else tiling.of_token(ops.z, t0, slice(None))
+    turns = tiles.turns(tiling, ops, chunk)
+    q = tiles.project(tiling, C, ops.C_bias, turns, v.dtype)
+    entry = sum(tiling.dot(q_, entry_ref[slab.channels]) for slab, q_ in zip(slabs, q))
+    k = tiles.project(tiling, B, ops.B_bias, turns, v.dtype)
+    scores = sum(tiling.dot(q_, k_, (1, 1)) for q_, k_ in zip(q, k)) * tiles.weights(tiling, ops, t0)
+    o = tiling.dot(tiles.with_skip(tiling, ops, scores).astype(v.dtype), v)
+    o = tiling.fma(tiling.of_token(ops.entry, t0)[:, None], entry, o)
+    if z is not None:
+        u = gate(tiling, ops, z)
+        o *= u * tiling.sigmoid(u)
+    if ops.mimo_o is not None:
+        y_ref[pl.ds(t0, tiling.c)] = tiling.per_token(o * tiling.of_rank(ops.mimo_o, slice(None))).astype(y_ref.dtype)
+    else:
+        y_ref[pl.ds(t0 * tiling.r, tiling.rows)] = o.astype(y_ref.dtype)
+
+
+def gate(tiling: Tiling, ops: Operands, z) -> jax.Array:
+    """The gate before silu, (rows, p) in float32, from the tile's z."""
+    z = z.astype(jnp.float32)
+    return z if ops.mimo_z is None else z * tiling.of_rank(ops.mimo_z, slice(None))
+
+
+def _call_states(ops: Operands, h0, tiling: Tiling, segments: int, keep: bool, blocks: BlockSizes):
+    """From h0 (b, h, segments, n, p): entry states or None, segments' ends, and what passes through each."""
+    b, t, h, p = ops.x.shape
+    per_group = h // ops.B.shape[2]
+    chunks = t // tiling.c
+    at = functools.partial(at_heads, h)
+    segment = pl.BlockSpec((None, None, None, tiling.n, p), at(lambda h, s, b: (b, h, s, 0, 0)))
+    whole = pl.BlockSpec((None, None, chunks, tiling.n, p), at(lambda h, s, b: (b, h, 0, 0, 0)))
+    return pl.pallas_call(
+        functools.partial(_state_kernel, tiling=tiling, chunks=chunks // segments),
+        grid=(h * segments, b),
+        in_specs=[
+            pl.BlockSpec((None,), at(lambda h, s, b: (s,))),
+            specs(ops, at(lambda h, s, b: (b, h, h // per_group))),
+            segment,
+        ],
+        out_specs=[
+            whole if keep else None,
+            segment,
+            pl.BlockSpec((None, None, None), at(lambda h, s, b: (b, h, s))),
+        ],
+        out_shape=[
+            jax.ShapeDtypeStruct((b, h, chunks, tiling.n, p), ops.x.dtype) if keep else None,
+            jax.ShapeDtypeStruct((b, h, segments, tiling.n, p), jnp.float32),
+            jax.ShapeDtypeStruct((b, h, segments), jnp.float32),
+        ],
+        compiler_params=tiles.compiler_params(blocks.num_warps, blocks.serial_stages),
+        interpret=tiling.interpret,
+        name="ssm_states",
+    )(jnp.arange(segments, dtype=jnp.int32), ops, h0)
+
+
+def _call_outputs(ops: Operands, entries, tiling: Tiling, blocks: BlockSizes) -> jax.Array:
+    b, t, h, p = ops.x.shape
+    per_group, m = h // ops.B.shape[2], t // tiling.c
+    rows = t if ops.mimo_o is not None else t * tiling.r
+    at = functools.partial(at_heads, h)
+    return pl.pallas_call(
+        functools.partial(_output_kernel, tiling=tiling),
+        grid=(h * m, b),
+        in_specs=[
+            pl.BlockSpec((None,), at(lambda h, c, b: (c,))),
+            specs(ops, at(lambda h, c, b: (b, h, h // per_group))),
+            pl.BlockSpec((None, None, None, tiling.n, p), at(lambda h, c, b: (b, h, c, 0, 0))),
+        ],
+        out_specs=pl.BlockSpec((None, rows, None, p), at(lambda h, c, b: (b, 0, h, 0))),
+        out_shape=jax.ShapeDtypeStruct((b, rows, h, p), ops.x.dtype),
+        # There is no loop over heads, whose pointers of what is fetched ahead would not fit beside the tiles.
+        compiler_params=tiles.compiler_params(blocks.num_warps, num_stages=1),
+        interpret=tiling.interpret,
+        name="ssm_outputs",
+    )(jnp.arange(m, dtype=jnp.int32), ops, entries)
+
+
+def entry_states(ops: Operands, h0, tiling: Tiling, segments: int, blocks: BlockSizes) -> tuple[jax.Array, jax.Array]:
+    """(b, h, chunks, n, p) in the dtype of x, and the last state (b, h, n, p) in float32."""
+    starts = h0[:, :, None]
+    if segments > 1:
+        from_zero = jnp.zeros((*h0.shape[:2], segments, *h0.shape[2:]), jnp.float32)
+        _, ends, through = _call_states(ops, from_zero, tiling, segments, False, blocks)
+        starts = scan_segments(h0, ends, through)
+    entries, ends, _ = _call_states(ops, starts, tiling, segments, True, blocks)
+    return entries, ends[:, :, -1]
+
+
+def scan_segments(h0, ends, through) -> jax.Array:
+    """The state each segment starts from: H_0 = h0, H_{k+1} = through_k H_k + ends_k. Shapes as in _call_states."""
+    starts = [h0]
+    for k in range(ends.shape[2] - 1):
+        starts.append(through[:, :, k, None, None] * starts[-1] + ends[:, :, k])
+    return jnp.stack(starts, axis=2)
+
+
+def forward(ops: Operands, h0, tiling: Tiling, segments: int, blocks: BlockSizes) -> tuple[jax.Array, jax.Array]:
+    """y (b, t, h, p), or (b, t r, h, p) without mimo_o; and the last state (b, h, n, p), float32, in kernel order."""
+    entries, last = entry_states(ops, h0, tiling, segments, blocks)
+    return _call_outputs(ops, entries, tiling, blocks), last

@@ -1,0 +1,153 @@
+"""The arrays of the kernels' boundary, and how every kernel sees them."""
+
+from typing import NamedTuple
+
+import jax
+from jax import lax
+from jax.experimental import pallas as pl
+
+
+class Operands(NamedTuple):
+    """What the SSM reads, as the layer wrote it; None is absent. Only these are kept for the backward pass.
+
+    `ranks` below is r for MIMO outputs that stay uncontracted, else 1.
+
+    Attributes:
+        x, z: input and gate.
+        B, C: projections in pair order, the ranks of a token one after the other.
+        B_bias, C_bias: added per head before the rotation.
+        D: skip.
+        mimo_x, mimo_z, mimo_o: rank projections.
+        coarse, fine: two parts of the cumulative sum of the log decay from each chunk's start.
+        entry: exp(coarse + fine), what a token still sees of the state at the chunk's start; 0 in later documents.
+        exit: exp(rest of the chunk's log decay) scale, what the chunk's end sees of a token; 0 for earlier documents.
+        through: what the chunk's end keeps of the state at its start.
+        scale, gamma: weights of a token for later ones and for itself.
+        clock: what omega is multiplied by.
+        omega: angular velocity of all heads.
+        theta0: angle before each chunk's first token.
+        segment_ids: packed documents.
+    """
+
+    x: jax.Array  # (b, t, h, p)
+    z: jax.Array | None  # (b, t, h, p)
+    B: jax.Array  # (b, t r, g, n)
+    C: jax.Array  # (b, t r, g, n)
+    B_bias: jax.Array  # (h, r, n)
+    C_bias: jax.Array  # (h, r, n)
+    D: jax.Array | None  # (h,)
+    mimo_x: jax.Array | None  # (h, r, p)
+    mimo_z: jax.Array | None  # (h, r, p)
+    mimo_o: jax.Array | None  # (h, r, p)
+    coarse: jax.Array  # (b, h, t), like the next five float32
+    fine: jax.Array
+    entry: jax.Array
+    exit: jax.Array
+    through: jax.Array  # (b, h, chunks)
+    scale: jax.Array  # (b, h, t)
+    gamma: jax.Array  # (b, h, t)
+    clock: jax.Array  # (b, h, t)
+    omega: jax.Array | None  # (b, t, s)
+    theta0: jax.Array | None  # (b, chunks, h, s)
+    segment_ids: jax.Array | None  # (b, t) int32
+
+
+def specs(operands: Operands, at, heads: int | None = None) -> Operands:
+    """A BlockSpec per operand that gives one row of the batch, and one head or a block of `heads` of one group.
+
+    `at(*grid)` is (b, h, g), h counted in blocks.
+
+    Every time axis is whole: a kernel slices its own chunk, so that passes over chunks and loops over them read alike.
+    """
+
+    def spec(name, array):
+        if array is None:
+            return None
+        axes = AXES[name]
+        squeezed = {"b": None, "h": heads, "g": None}
+        block = tuple(squeezed.get(axis, size) for axis, size in zip(axes, array.shape))
+
+        def index(*grid):
+            where = dict(zip("bhg", at(*grid)))
+            return tuple(where.get(axis, 0) for axis in axes)
+
+        return pl.BlockSpec(block, index)
+
+    return Operands(**{name: spec(name, array) for name, array in operands._asdict().items()})
+
+
+_HEADS, _SMALL, _PROJECTION = ("b", "t", "h", "p"), ("b", "h", "t"), ("b", "tr", "g", "n")
+AXES = dict(
+    x=_HEADS,
+    z=_HEADS,
+    B=_PROJECTION,
+    C=_PROJECTION,
+    B_bias=("h", "r", "n"),
+    C_bias=("h", "r", "n"),
+    D=("h",),
+    mimo_x=("h", "r", "p"),
+    mimo_z=("h", "r", "p"),
+    mimo_o=("h", "r", "p"),
+    coarse=_SMALL,
+    fine=_SMALL,
+    entry=_SMALL,
+    exit=_SMALL,
+    through=("b", "h", "chunks"),
+    scale=_SMALL,
+    gamma=_SMALL,
+    clock=_SMALL,
+    omega=("b", "t", "s"),
+    theta0=("b", "chunks", "h", "s"),
+    segment_ids=("b", "t"),
+)
+
+
+def at_heads(h: int, index):
+    """index(h, chunk or segment, b) of a grid (h x chunks or segments, b), heads innermost, so that they share B and C.
+
+    Two axes, not three, because vmap adds one and a GPU's grid has three.
+    """
+    return lambda i, b: index(i % h, i // h, b)
+
+
+def heads_per_program(h: int, g: int, most: int) -> int:
+    """The most heads, up to `most`, that divide a group."""
+    return max(k for k in range(1, most + 1) if (h // g) % k == 0)
+
+
+def over_heads(heads: int, chunk_ref, body, carry=None):
+    """body(head, chunk, carry) -> carry, for every head of a program.
+
+    A loop, because only in loops are loads fetched ahead. The chunk is read inside although it never changes: addresses
+    that depend on it are then made where they are used. Made before the loop, they would fill the registers.
+    """
+    return lax.fori_loop(0, heads, lambda head, carry: body(head, chunk_ref[...], carry), carry)
+
+
+class OfHead:
+    """A ref with its axis of heads held at one head: the lowering takes one indexer per access, not a chain of them."""
+
+    def __init__(self, ref, axis: int, head):
+        self._ref, self._axis, self._head = ref, axis, head
+        self.dtype = ref.dtype
+
+    def __getitem__(self, index):
+        return self._ref[self._with_head(index)]
+
+    def __setitem__(self, index, value):
+        self._ref[self._with_head(index)] = value
+
+    def _with_head(self, index):
+        index = index if isinstance(index, tuple) else () if index is Ellipsis else (index,)
+        index += (slice(None),) * (self._axis - len(index))
+        return (*index[: self._axis], self._head, *index[self._axis :])
+
+
+def at_head(operands: Operands, head) -> Operands:
+    """Operands of one head, from refs to a block of heads."""
+
+    def one(name, ref):
+        axes = [axis for axis in AXES[name] if axis not in ("b", "g")]
+        return OfHead(ref, axes.index("h"), head) if ref is not None and "h" in axes else ref
+
+    return Operands(**{name: one(name, ref) for name, ref in operands._asdict().items()})

@@ -1,0 +1,259 @@
+"""What the kernels compute inside one tile: c tokens of one head, as c*r rows (every token once per MIMO rank).
+
+    theta  = theta0 + cumsum(wrap(omega clock))       per head, never written to device memory
+    k, q   = R(theta)(B + B_bias), R(theta)(C + C_bias)
+    W_ij   = exp(cs_i - cs_j) scale_j for i later than j,  gamma_i for the same token,  0 otherwise
+
+All of it is section 3 of arXiv:2603.15569 with the letters of mamba3_jax/ops/api.py; `cs` is the inclusive cumulative
+sum of the log decay inside the tile. What depends on it alone is made outside (operands.py): a vector that is loaded
+where it is used costs less than one handed from one layout of registers to the next. The state axis is in kernel order,
+pairs side by side, so that a rotation stays inside a thread, and is worked on in slabs of at most 64 channels.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+TWO_PI = 2 * np.pi
+LOG2_E = float(np.log2(np.e))
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiling:
+    """Sizes of a tile: c tokens, r ranks, n state channels of which 2s turn, p head channels."""
+
+    c: int
+    r: int
+    n: int
+    s: int
+    p: int
+    interpret: bool = False
+
+    @property
+    def rows(self) -> int:
+        return self.c * self.r
+
+    def of_token(self, ref, t0, *rest):
+        """ref[t0 : t0 + c, *rest], each token repeated for its ranks."""
+        if self.r == 1:
+            return ref[(pl.ds(t0, self.c), *rest)]
+        return ref[(t0 + lax.broadcasted_iota(jnp.int32, (self.rows,), 0) // self.r, *rest)]
+
+    def of_rank(self, ref, *rest):
+        """ref[rank of each row, *rest], broadcast over the rows of SISO."""
+        if self.r == 1:
+            return ref[(0, *rest)][None, :]
+        return ref[(lax.broadcasted_iota(jnp.int32, (self.rows,), 0) % self.r, *rest)]
+
+    def per_token(self, u):
+        """Sum over the ranks of each token: (rows, ...) -> (c, ...)."""
+        return u if self.r == 1 else jnp.sum(u.reshape(self.c, self.r, *u.shape[1:]), axis=1)
+
+    def per_rank(self, u):
+        """Sum over the tokens of each rank: (rows, w) -> (r, w)."""
+        if self.r == 1:
+            return jnp.sum(u, axis=0)[None, :]
+        return jnp.sum(u.reshape(self.c, self.r, u.shape[1]), axis=0)
+
+    def once_per_token(self, u):
+        """Zero but in the first rank of each token, so that sums over rows count every token once."""
+        if self.r == 1:
+            return u
+        first = lax.broadcasted_iota(jnp.int32, u.shape, 0) % self.r == 0
+        return jnp.where(first, u, 0)
+
+    def dot(self, a, b, contract=(1, 0)):
+        """a b with float32 accumulation; float32 operands keep (nearly) float32's precision."""
+        precision = None
+        if a.dtype == jnp.float32:
+            precision = lax.Precision.HIGHEST if self.interpret else lax.DotAlgorithmPreset.TF32_TF32_F32_X3
+        return lax.dot_general(
+            a, b, (((contract[0],), (contract[1],)), ((), ())), precision=precision, preferred_element_type=jnp.float32
+        )
+
+    def cos_sin(self, angle):
+        """Cosine and sine, to 2^-20.9 absolute on [-pi, pi] (the hardware's; libdevice's cost half a kernel)."""
+        if self.interpret:
+            return jnp.cos(angle), jnp.sin(angle)
+        angle = self.wrap(angle)
+        return _approximate("cos.approx.f32", angle), _approximate("sin.approx.f32", angle)
+
+    def wrap(self, angle):
+        """The same angle in [-pi, pi]."""
+        turns = jnp.floor(self.fma(angle, 1 / TWO_PI, 0.5))
+        return self.fma(turns, -TWO_PI, angle)
+
+    def fma(self, a, b, c):
+        """a b + c in one instruction, which this lowering does not make of two."""
+        if self.interpret:
+            return a * b + c
+        return _approximate("fma.rn.f32", *jnp.broadcast_arrays(a, jnp.float32(b), jnp.float32(c)))
+
+    def exp(self, u):
+        """To 2^-21 relative."""
+        return jnp.exp(u) if self.interpret else _approximate("ex2.approx.ftz.f32", u * LOG2_E)
+
+    def sigmoid(self, u):
+        """To 2^-21, without the division's slow path."""
+        if self.interpret:
+            return jax.nn.sigmoid(u)
+        return _approximate("rcp.approx.ftz.f32", 1 + _approximate("ex2.approx.ftz.f32", u * -LOG2_E))
+
+
+def _approximate(instruction: str, *args):
+    """One PTX instruction per element; inline PTX has no interpreted form."""
+    operands = ", ".join(f"${i}" for i in range(len(args) + 1))
+    return plgpu.elementwise_inline_asm(
+        f"{instruction} {operands};",
+        args=list(args),
+        constraints=",".join(["=f"] + ["f"] * len(args)),
+        pack=1,
+        result_shape_dtypes=[jax.ShapeDtypeStruct(args[0].shape, jnp.float32)],
+    )[0]
+
+
+class Slab(NamedTuple):
+    """`width` state channels from `start`; `pair` is the first of its turning pairs, None where they do not turn."""
+
+    start: int
+    width: int
+    pair: int | None
+
+    @property
+    def channels(self):
+        return pl.ds(self.start, self.width)
+
+    @property
+    def pairs(self):
+        return pl.ds(self.pair, self.width // 2)
+
+
+# Per slab, as wide tensors in registers are what runs out first; 64 is the least that a Hopper matrix product of state
+# rows takes.
+SLAB = 64
+
+
+def slabs(tiling: Tiling) -> tuple[Slab, ...]:
+    """The state axis in kernel order, [first_0, second_0, first_1, ... | channels that do not turn], in slabs."""
+    turning, n = 2 * tiling.s, tiling.n
+    out = []
+    for begin, end, turns in ((0, turning, True), (turning, n, False)):
+        width = min(SLAB, end - begin)
+        out += [Slab(i, width, i // 2 if turns else None) for i in range(begin, end, width or 1)]
+    return tuple(out)
+
+
+def kernel_order(n: int, s: int) -> np.ndarray:
+    """u[..., kernel_order(n, s)] is u, given in pair order [first of each pair | second | rest], in kernel order."""
+    pairs = np.stack([np.arange(s), s + np.arange(s)], -1).reshape(-1)
+    return np.concatenate([pairs, np.arange(2 * s, n)])
+
+
+class Turn(NamedTuple):
+    """cos and sin of a tile's angles in one slab, (rows, width / 2)."""
+
+    cos: jax.Array
+    sin: jax.Array
+
+
+def turns(tiling: Tiling, ops, chunk) -> list[Turn | None]:
+    """Each slab's rotation in a chunk."""
+    return [turn(tiling, ops, chunk, slab) for slab in slabs(tiling)]
+
+
+def turn(tiling: Tiling, ops, chunk, slab: Slab) -> Turn | None:
+    """A slab's rotation in a chunk; None where it does not turn."""
+    if slab.pair is None:
+        return None
+    t0 = chunk * tiling.c
+    step = tiling.wrap(tiling.of_token(ops.omega, t0, slab.pairs) * tiling.of_token(ops.clock, t0)[:, None])
+    start = ops.theta0[chunk, slab.pairs]
+    return Turn(*tiling.cos_sin(start[None, :] + jnp.cumsum(tiling.once_per_token(step), axis=0)))
+
+
+def load_slabs(tiling: Tiling, ref, t0) -> list[jax.Array]:
+    """B or C of a tile as they lie in memory, ref (t*r, n)."""
+    return [ref[pl.ds(t0 * tiling.r, tiling.rows), slab.channels] for slab in slabs(tiling)]
+
+
+def biased(tiling: Tiling, raw: jax.Array, bias_ref, slab: Slab) -> jax.Array:
+    """A slab of B + B_bias or C + C_bias in float32; bias_ref (r, n)."""
+    return raw.astype(jnp.float32) + tiling.of_rank(bias_ref, slab.channels)
+
+
+def load(tiling: Tiling, ref, bias_ref, t0, slab: Slab) -> jax.Array:
+    """The same from memory."""
+    return biased(tiling, ref[pl.ds(t0 * tiling.r, tiling.rows), slab.channels], bias_ref, slab)
+
+
+def rotate(tiling: Tiling, u: jax.Array, by: Turn | None) -> jax.Array:
+    """R(theta) u of one slab."""
+    if by is None:
+        return u
+    a, b = pairs_of(u)
+    first, second = tiling.fma(a, by.cos, -(b * by.sin)), tiling.fma(a, by.sin, b * by.cos)
+    return jnp.stack([first, second], axis=-1).reshape(u.shape)
+
+
+def rotate_back(tiling: Tiling, u: jax.Array, by: Turn | None) -> jax.Array:
+    """R(theta)^T u of one slab."""
+    return rotate(tiling, u, None if by is None else Turn(by.cos, -by.sin))
+
+
+def pairs_of(u: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """First and second of each pair: neighbouring registers of one thread."""
+    return jnp.unstack(u.reshape(u.shape[0], u.shape[1] // 2, 2), axis=-1)
+
+
+def project(tiling: Tiling, raw: list[jax.Array], bias_ref, by: list[Turn | None], dtype) -> list[jax.Array]:
+    """k or q, per slab (rows, width) in `dtype`."""
+    return [
+        rotate(tiling, biased(tiling, u, bias_ref, slab), turn).astype(dtype)
+        for slab, u, turn in zip(slabs(tiling), raw, by)
+    ]
+
+
+def later(tiling: Tiling, ops, t0, transposed: bool = False) -> jax.Array:
+    """exp(cs_i - cs_j) where row i is later than j and of its document, else 0; (rows, rows), [i, j] or [j, i]."""
+    i, j = row_and_column(tiling)
+    same = None
+    if ops.segment_ids is not None:
+        same = tiling.of_token(ops.segment_ids, t0)[:, None] == tiling.of_token(ops.segment_ids, t0)[None, :]
+    coarse, fine = tiling.of_token(ops.coarse, t0), tiling.of_token(ops.fine, t0)
+    exponent = (coarse[:, None] - coarse[None, :]) + (fine[:, None] - fine[None, :])
+    if transposed:
+        i, j, exponent = j, i, -exponent
+    return jnp.where(i > j if same is None else (i > j) & same, tiling.exp(exponent), 0)
+
+
+def weights(tiling: Tiling, ops, t0, transposed: bool = False) -> jax.Array:
+    """W or its transpose, (rows, rows)."""
+    i, j = row_and_column(tiling)
+    scale, gamma = tiling.of_token(ops.scale, t0), tiling.of_token(ops.gamma, t0)
+    scale = scale[:, None] if transposed else scale[None, :]
+    return jnp.where(i == j, gamma[None, :], later(tiling, ops, t0, transposed) * scale)
+
+
+def with_skip(tiling: Tiling, ops, scores: jax.Array) -> jax.Array:
+    """scores + D on the diagonal, so that the product with v makes the skip too."""
+    if ops.D is None:
+        return scores
+    i, j = (lax.broadcasted_iota(jnp.int32, scores.shape, axis) for axis in (0, 1))
+    return scores + jnp.where(i == j, ops.D[...], 0)
+
+
+def row_and_column(tiling: Tiling) -> list[jax.Array]:
+    """The token of each element's row, and of its column."""
+    shape = (tiling.rows, tiling.rows)
+    return [lax.broadcasted_iota(jnp.int32, shape, axis) // tiling.r for axis in (0, 1)]
+
+
+def compiler_params(num_warps: int, num_stages: int):
+    """Explicit, because which backend pallas_call takes without them differs by version."""
+    return plgpu.CompilerParams(num_warps=num_warps, num_stages=num_stages)

@@ -1,0 +1,171 @@
+"""The differentiable boundary of the kernels, and how they run on several devices.
+
+Rows of the batch and heads know nothing of one another, so under `jit` with shardings every device runs the kernels on
+its own of both (`custom_partitioning`); time and the state are gathered. What rows or heads share, the biases or the B
+of a group, receives the sum over devices.
+"""
+
+import functools
+import itertools
+import math
+import re
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.custom_batching import custom_vmap
+from jax.experimental.custom_partitioning import custom_partitioning
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from pallas.triton.backward import backward
+from pallas.triton.block_sizes import BlockSizes
+from pallas.triton.forward import forward
+from pallas.triton.operands import AXES, Operands
+from pallas.triton.tiles import Tiling
+
+# Axes of the arrays that are not operands.
+_Y, _STATE = "b rows h p", "b h n p"
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def ssm(ops: Operands, h0: jax.Array, tiling: Tiling, segments: int, blocks: BlockSizes) -> tuple[jax.Array, jax.Array]:
+    """y and the last state from h0 (b, h, n, p), both states in kernel order and float32. See `Operands`.
+
+    Inside a `shard_map` of the caller's it computes what it is given; `check_vma` must be False there, as for every
+    Pallas kernel that does not say how its outputs vary.
+    """
+    return _forward(ops, h0, tiling, segments, blocks)[0]
+
+
+def _forward(ops, h0, tiling, segments, blocks):
+    run = _Sharded(forward, (_axes(ops), _STATE), (_Y, _STATE), ops, tiling, segments, blocks)
+    return run(ops, h0), (ops, h0)
+
+
+def _backward(tiling, segments, blocks, saved, grads):
+    ops, h0 = saved
+    axes = _axes(ops)
+    outs = axes._replace(segment_ids=None), _STATE
+    run = _Sharded(backward, (axes, _STATE, _Y, _STATE), outs, ops, tiling, segments, blocks)
+    return run(ops, h0, *grads)
+
+
+ssm.defvjp(_forward, _backward)
+
+
+def _axes(ops: Operands) -> Operands:
+    """The axes of the operands that are there, as one string each."""
+    return Operands(**{name: None if a is None else " ".join(AXES[name]) for name, a in ops._asdict().items()})
+
+
+class _Sharded:
+    """`function(*args, tiling, segments, blocks)` on every device's rows of the batch and heads.
+
+    `in_axes` and `out_axes` are trees like its arguments and results, of axes such as "b t h p". Several groups are on
+    every device, which takes those of its heads.
+    """
+
+    def __init__(self, function, in_axes, out_axes, ops: Operands, tiling: Tiling, segments: int, blocks: BlockSizes):
+        self._function, self._in_axes, self._out_axes = function, in_axes, out_axes
+        self._tiling, self._segments, self._blocks = tiling, segments, blocks
+        self._heads, self._groups = ops.x.shape[2], ops.B.shape[2]
+
+    def __call__(self, *args):
+        def call(*args):
+            return self._function(*args, self._tiling, self._segments, self._blocks)
+
+        sharded = custom_partitioning(call)
+        # Shardings come undecoded: that of B may be one that no PartitionSpec says.
+        sharded.def_partition(self._partition, self._infer, decode_shardings=False, sharding_rule=self._rule)
+        batched = custom_vmap(sharded)
+
+        @batched.def_vmap
+        def _(size, in_batched, *args):
+            # Runs of a sweep side by side: mapped over devices, if at all, by whoever maps over runs.
+            out = jax.vmap(call, jax.tree.map(lambda mapped: 0 if mapped else None, in_batched), axis_size=size)(*args)
+            return out, jax.tree.map(lambda _: True, out)
+
+        return batched(*args)
+
+    def _rule(self, *_) -> tuple[str, dict]:
+        """Shardy's: of all axes only the batch and the heads may be sharded."""
+        ins, outs = (", ".join(jax.tree.leaves(axes)) for axes in (self._in_axes, self._out_axes))
+        # In the order of their first mention, which Shardy asks for.
+        named = dict.fromkeys(re.findall(r"\w+", f"{ins} {outs}"))
+        return f"{ins} -> {outs}", dict(need_replication_factors=tuple(axis for axis in named if axis not in "bh"))
+
+    def _infer(self, mesh: Mesh, args, _):
+        """What the partitioner before Shardy asks."""
+        return _Cut.of(mesh, args[0], self._groups).shardings(self._out_axes)
+
+    def _partition(self, mesh: Mesh, args, _):
+        cut = _Cut.of(mesh, args[0], self._groups)
+        per_group = self._heads // self._groups
+
+        def on_shard(ops, *rest):
+            h = ops.x.shape[2]
+            first = lax.axis_index(cut.heads) * h // per_group if cut.heads else 0
+            mine = [lax.dynamic_slice_in_dim(u, first, max(1, h // per_group), 2) for u in (ops.B, ops.C)]
+            ops = ops._replace(B=mine[0], C=mine[1])
+            out = self._function(ops, *rest, self._tiling, self._segments_of(ops), self._blocks)
+            return jax.tree.map(functools.partial(of_all, first), self._out_axes, out)
+
+        def of_all(first, axes: str, u):
+            """A result of all devices: the sum over those that do not hold parts of it."""
+            axes = axes.split()
+            if "g" in axes:
+                whole = jnp.zeros((*u.shape[:2], self._groups, u.shape[3]), u.dtype)
+                u = lax.dynamic_update_slice_in_dim(whole, u, first, 2)
+            over = (() if "b" in axes else cut.batch) + (() if "h" in axes else cut.heads)
+            return lax.psum(u, over) if over else u
+
+        return cut.mesh, on_shard, cut.shardings(self._out_axes), cut.shardings(self._in_axes)
+
+    def _segments_of(self, shard: Operands) -> int:
+        """More of them where a shard's rows and heads alone leave its device empty."""
+        b, t, h, _ = shard.x.shape
+        segments, chunks = self._segments, t // self._tiling.c
+        while b * h * segments < self._blocks.programs and chunks % (2 * segments) == 0:
+            segments *= 2
+        return segments
+
+
+class _Cut(NamedTuple):
+    """How batch and heads lie on the devices: the axes of the mesh that cut them."""
+
+    mesh: Mesh
+    batch: tuple[str, ...]
+    heads: tuple[str, ...]
+
+    @classmethod
+    def of(cls, mesh: Mesh, ops: Operands, groups: int) -> "_Cut":
+        """As the partitioner cut x; () where that does not come out even, or between heads of different groups."""
+        x = ops.x
+        # Devices in the order of the program's partitions.
+        found = x.sharding.devices_indices_map(x.shape)
+        if mesh.empty:
+            mesh = Mesh(np.array(list(found)), ("devices",))
+        per_group = x.shape[2] // groups
+
+        def axes(dim: int, fits) -> tuple[str, ...]:
+            for names in _ordered_subsets(mesh.axis_names):
+                each, rest = divmod(x.shape[dim], math.prod(mesh.shape[name] for name in names))
+                if rest == 0 and fits(each):
+                    same = NamedSharding(mesh, PartitionSpec(*(None,) * dim, names)).devices_indices_map(x.shape)
+                    if all(same[device][dim] == where[dim] for device, where in found.items()):
+                        return names
+            return ()
+
+        whole_groups = axes(2, lambda h: h % per_group == 0 or per_group % h == 0)
+        return cls(mesh, axes(0, lambda b: True), whole_groups)
+
+    def shardings(self, axes):
+        """Of arrays with these axes."""
+        by = dict(b=self.batch or None, h=self.heads or None)
+        return jax.tree.map(lambda u: NamedSharding(self.mesh, PartitionSpec(*map(by.get, u.split()))), axes)
+
+
+def _ordered_subsets(names: tuple[str, ...]):
+    return itertools.chain.from_iterable(itertools.permutations(names, k) for k in range(len(names) + 1))

@@ -1,0 +1,381 @@
+"""The kernels of whole sequences: interpreted on the CPU against the recurrence, and lowered for GPUs without one."""
+
+import contextlib
+import dataclasses
+import functools
+import re
+import warnings
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from mamba3_jax.ops import EULER, SSMState, api, ssm, ssm_step
+from mamba3_jax.ops.decode import decode
+from mamba3_jax.ops.triton import triton
+from pallas.triton.block_sizes import default_block_sizes
+from test_operator import assert_states_close, call, cut, make, random_state, split_static, values_and_gradients
+
+# Relative Frobenius norm, of values and of gradients.
+TOLERANCE = {jnp.float32: 1e-5, jnp.bfloat16: 1e-2}
+
+SIZES = dict(p=16, n=32, s=8)
+# Of the operator, and how the kernels cut it: (arguments, rows of a tile, segments).
+VARIANTS = {
+    "siso packed": (dict(packed=True), 16, 2),
+    "siso groups rope1": (dict(g=2, h=4, b=1, s=16), 32, 2),
+    "siso no rotation, no D, no gate": (dict(rotation="none", bare=True, gate=False), 16, 1),
+    "mimo rank 2 packed": (dict(r=2, mimo=True, packed=True, gate=False, s=16), 16, 1),
+    "mimo rank 4, ranks kept": (dict(r=4, mimo=True, reduce=False, b=1), 32, 3),
+    "mimo rank 8 groups": (dict(r=8, mimo=True, g=2, b=1, lam=EULER, s=16), 32, 1),
+}
+# What differs from those in plain JAX only.
+FORWARD_VARIANTS = {
+    "siso standard rope": (dict(rotation="rope", b=1), 16, 1),
+    "mimo rank 1": (dict(r=1, mimo=True, b=1, h=3, s=16), 16, 2),
+}
+
+
+def arguments(t=37, packed=False, **kwargs):
+    args = make(t, **(SIZES | kwargs))
+    if packed:
+        # Documents that begin inside a chunk, at its edge and at the next token; the other row has one.
+        rows = [np.repeat([0, 2, 3, 7], lengths) for lengths in ([5, 11, 1, 20], [37, 0, 0, 0])]
+        args |= dict(segment_ids=jnp.asarray(np.stack(rows), jnp.int32))
+    return args
+
+
+@contextlib.contextmanager
+def interpreted(rows=16, segments=1):
+    """Inside, `ssm` and `ssm_step` take this machine for one with a GPU, and its kernels run interpreted."""
+    with pytest.MonkeyPatch.context() as patch:
+        blocks = dataclasses.replace(default_block_sizes(1, jnp.float32, "9.0"), rows=rows)
+        options = dict(blocks=blocks, segments=segments, interpret=True)
+        patch.setattr(api, "triton", functools.partial(triton, **options))
+        patch.setattr(api, "decode", functools.partial(decode, interpret=True))
+        patch.setattr(api, "_platform", lambda: "cuda")
+        patch.setattr(api, "_one_gpu", lambda: True)
+        yield
+
+
+def in_float64(function, args, *rest, **options):
+    """`function` of the same numbers, by the recurrence."""
+
+    def wide(a):
+        floats = isinstance(a, jax.Array) and jnp.issubdtype(a.dtype, jnp.floating)
+        return a.astype(jnp.float64) if floats else a
+
+    with jax.enable_x64(True):
+        args, rest = jax.tree.map(wide, (args, rest))
+        return function(args, *rest, **options, implementation="recurrent")
+
+
+def error(a, b) -> float:
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    assert a.shape == b.shape
+    return np.linalg.norm(a - b) / max(np.linalg.norm(b), 1e-30)
+
+
+def assert_all_close(found, expected, tolerance: float):
+    for (path, a), b in zip(jax.tree.leaves_with_path(found), jax.tree.leaves(expected), strict=True):
+        assert error(a, b) <= tolerance, (path, error(a, b))
+
+
+def assert_final_close(a: SSMState, b: SSMState, tolerance: float):
+    assert_states_close(SSMState(a.angle, b.ssm, b.k, b.v), b, 1e-5)
+    assert_all_close(a[1:], b[1:], tolerance)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_values_states_and_gradients_are_those_of_the_recurrence(variant):
+    """Of every input and of the incoming state, through the output and the final state; 37 tokens are padded to 48."""
+    kwargs, rows, segments = VARIANTS[variant]
+    args = arguments(**kwargs)
+    state = random_state(args)
+    with interpreted(rows, segments):
+        y, final, gradients = values_and_gradients(args, state, implementation="triton")
+    y_, final_, gradients_ = in_float64(values_and_gradients, args, state)
+    assert y.dtype == jnp.float32
+    assert error(y, y_) <= TOLERANCE[jnp.float32]
+    assert_final_close(final, final_, TOLERANCE[jnp.float32])
+    assert_all_close(gradients, gradients_, TOLERANCE[jnp.float32])
+
+
+@pytest.mark.parametrize("variant", FORWARD_VARIANTS)
+def test_values_and_states_are_those_of_the_recurrence(variant):
+    kwargs, rows, segments = FORWARD_VARIANTS[variant]
+    args = arguments(**kwargs)
+    state = random_state(args)
+    with interpreted(rows, segments):
+        y, final = call(args, initial_state=state, implementation="triton")
+    y_, final_ = in_float64(lambda args, state, **options: call(args, initial_state=state, **options), args, state)
+    assert error(y, y_) <= TOLERANCE[jnp.float32]
+    assert_final_close(final, final_, TOLERANCE[jnp.float32])
+
+
+@pytest.mark.parametrize("kwargs", [dict(), dict(r=4, mimo=True)], ids=["siso", "mimo"])
+def test_low_precision(kwargs):
+    args = arguments(**kwargs, s=16, b=1, dtype=jnp.bfloat16)
+    state = random_state(args)
+    with interpreted(rows=64):
+        y, final, gradients = values_and_gradients(args, state, implementation="triton")
+    y_, final_, gradients_ = in_float64(values_and_gradients, args, state)
+    assert y.dtype == jnp.bfloat16 and final.ssm.dtype == jnp.float32
+    assert error(y, y_) <= TOLERANCE[jnp.bfloat16]
+    assert_final_close(final, final_, TOLERANCE[jnp.bfloat16])
+    # A sum over all tokens of terms that nearly cancel: 0.016 and 0.049 for the chunked form.
+    angles = (u["initial_state"].angle for u in (gradients, gradients_))
+    assert error(*angles) <= 4 * TOLERANCE[jnp.bfloat16]
+    gradients["initial_state"], gradients_["initial_state"] = (
+        u["initial_state"]._replace(angle=None) for u in (gradients, gradients_)
+    )
+    assert_all_close(gradients, gradients_, TOLERANCE[jnp.bfloat16])
+
+
+def test_chunks_and_segments_do_not_change_the_result():
+    args = arguments(60, b=1, s=16)
+    state = random_state(args)
+    results = []
+    for rows, segments in ((16, 1), (16, 4), (32, 2)):
+        with interpreted(rows, segments):
+            results.append(call(args, initial_state=state, implementation="triton"))
+    for y, final in results[1:]:
+        assert error(y, results[0][0]) <= 1e-6
+        assert_final_close(final, results[0][1], 2e-6)
+
+
+def test_one_call_equals_three_wherever_it_is_cut():
+    """Outputs and all four states; the first call has one token."""
+    args = arguments(40, r=2, mimo=True, b=1, s=16)
+    with interpreted():
+        whole, final = call(args, implementation="triton")
+        outputs, state = [], None
+        for start, stop in ((0, 1), (1, 17), (17, 40)):
+            y, state = call(cut(args, start, stop), initial_state=state, implementation="triton")
+            outputs.append(y)
+    assert error(jnp.concatenate(outputs, 1), whole) <= 1e-6
+    assert_final_close(state, final, 1e-6)
+
+
+def test_packed_documents_are_separate_documents():
+    args = arguments(40, b=1, s=16)
+    ids = jnp.asarray(np.repeat([[0, 1, 5]], [16, 1, 23], axis=1), jnp.int32)
+    with interpreted():
+        packed, final = call(args, segment_ids=ids, implementation="triton")
+        pieces = [
+            call(cut(args, start, stop), implementation="triton") for start, stop in ((0, 16), (16, 17), (17, 40))
+        ]
+    assert error(packed, jnp.concatenate([y for y, _ in pieces], 1)) <= 1e-6
+    assert_final_close(final, pieces[-1][1], 1e-6)
+
+
+def test_weak_decay_after_a_strong_one_and_angles_that_wrap_at_every_step():
+    """exp(-500) must not cost the next tokens' decays their digits, nor 1.5 revolutions per token the angle its own."""
+    args = arguments(64, b=1, gate=False)
+    wipe = (jnp.arange(64) % 3 == 0)[None, :, None]
+    args |= dict(A=jnp.where(wipe, -500.0, -1e-3) * jnp.ones_like(args["A"]), dt=jnp.ones_like(args["dt"]))
+    args |= dict(omega=args["omega"] + 3 * np.pi)
+    with interpreted(rows=64):
+        y, _ = call(args, implementation="triton")
+    assert error(y, in_float64(call, args)[0]) <= 5e-6
+
+
+def test_angle_after_many_chunks():
+    """3000 tokens in 188 chunks, always turning the same way: the angle is the float64 sum to 1e-4."""
+    args = arguments(3000, b=1, h=1, gate=False, s=16)
+    args |= dict(omega=jnp.abs(args["omega"]))
+    with interpreted():
+        _, final = call(args, implementation="triton")
+    turned = np.sum(np.asarray(args["dt"], np.float64)[..., None] * np.asarray(args["omega"], np.float64), 1)
+    assert np.max(np.abs(np.sin((np.asarray(final.angle, np.float64) - turned) / 2))) <= 1e-4
+
+
+def test_extreme_steps_stay_finite():
+    """No NaN or Inf, forward or backward, for dt from 1e-6 to 50."""
+    args = arguments(b=1)
+    ones = jnp.ones_like(args["dt"])
+    mixed = jnp.where(jnp.arange(37) % 2, 1e-6, 50.0)[None, :, None] * ones
+    arrays, static = split_static(args | dict(A=30 * args["A"]))
+
+    @jax.jit
+    @jax.grad
+    def gradients(arrays):
+        y, final = ssm(**arrays, **static, implementation="triton")
+        return sum(jnp.sum(jnp.sin(jnp.arange(u.size) + 1.0).reshape(u.shape) * u) for u in (y, *final))
+
+    with interpreted(rows=32, segments=2):
+        for dt in (1e-6 * ones, 50 * ones, mixed):
+            chex.assert_tree_all_finite(gradients(arrays | dict(dt=dt, initial_state=random_state(args))))
+
+
+AXES = dict(
+    x="bthp", z="bthp", B="btrgn", C="btrgn", dt="bth", A="bth", lam="bth", omega="bt1s", B_bias="hrn", C_bias="hrn",
+    D="h", mimo_x="hrp", mimo_z="hrp", mimo_o="hrp", angle="bhs", ssm="bhpn", k="bhrn", v="bhp",
+)  # fmt: skip
+SHARDED = {
+    "batch": ((4, 1), dict()),
+    "heads": ((1, 4), dict()),
+    "batch and heads": ((2, 2), dict(r=2, mimo=True)),
+    "heads of a group apart": ((1, 4), dict(g=2)),
+}
+
+
+def sharded_loss(static):
+    def loss(arrays):
+        y, final = ssm(**arrays, **static, implementation="triton")
+        return sum(jnp.sum(jnp.sin(jnp.arange(u.size) + 1.0).reshape(u.shape) * u) for u in (y, *final)), (y, final)
+
+    return loss
+
+
+def shardings(mesh, arrays):
+    def one(name, value):
+        if isinstance(value, SSMState):
+            return SSMState(*(one(*item) for item in value._asdict().items()))
+        return NamedSharding(mesh, P(*({"b": "data", "h": "model"}.get(axis) for axis in AXES[name])))
+
+    return {name: one(name, value) for name, value in arrays.items()}
+
+
+@functools.cache
+def on_one_device(**kwargs):
+    """(arguments, the function, what it returns) of values and gradients."""
+    args = arguments(20, b=4, h=4, s=16, **kwargs)
+    arrays, static = split_static(args | dict(initial_state=random_state(args)))
+    gradients = jax.grad(sharded_loss(static), has_aux=True)
+    with interpreted():
+        return arrays, gradients, jax.jit(gradients)(arrays)
+
+
+@pytest.mark.parametrize("case", SHARDED)
+def test_every_device_runs_its_own_rows_and_heads(case):
+    """Under `jit` with shardings: the values and gradients of one device, and x never gathered."""
+    shape, kwargs = SHARDED[case]
+    arrays, gradients, expected = on_one_device(**kwargs)
+    mesh = Mesh(np.array(jax.devices()[:4]).reshape(shape), ("data", "model"))
+    placed = jax.device_put(arrays, shardings(mesh, arrays))
+    with interpreted():
+        compiled = jax.jit(gradients).lower(placed).compile()
+    found = compiled(placed)
+    assert_all_close(found, expected, 3e-6)
+    assert found[1][0].sharding.is_equivalent_to(placed["x"].sharding, 4)
+    gathered = re.findall(r"= (.*?) (?:all-gather|all-to-all|collective-permute)(?:-start)?\(", compiled.as_text())
+    # Of several groups every device reads B and C whole, and takes its own.
+    assert all("2,32]" in shape for shape in gathered) if case == "heads of a group apart" else not gathered
+
+
+def test_inside_a_shard_map_and_a_vmap():
+    """A sweep's runs are vmapped, those of each device by themselves."""
+    args = arguments(20, s=16, b=1)
+    arrays, static = split_static(args)
+    gradients = jax.grad(lambda a: sharded_loss(static)(a)[0])
+    runs = jax.tree.map(lambda a: jnp.stack([a, 0.5 * a, 0.2 * a, -a]), arrays)
+    runs |= dict(dt=jnp.abs(runs["dt"]), A=-jnp.abs(runs["A"]))
+    mesh = Mesh(np.array(jax.devices()[:2]), ("each",))
+    with interpreted():
+        mapped = jax.shard_map(jax.vmap(gradients), mesh=mesh, in_specs=P("each"), out_specs=P("each"), check_vma=False)
+        found = jax.jit(mapped)(runs)
+        single = jax.jit(gradients)
+        for i in range(4):
+            assert_all_close(jax.tree.map(lambda a: a[i], found), single(jax.tree.map(lambda a: a[i], runs)), 3e-6)
+
+
+@pytest.mark.parametrize("kwargs", [dict(), dict(r=4, mimo=True)], ids=["siso", "mimo"])
+@pytest.mark.parametrize(
+    "device, capability",
+    [("NVIDIA A100-SXM4-80GB", "8.0"), ("NVIDIA H100 80GB HBM3", "9.0"), ("NVIDIA B200", "10.0")],
+    ids=["A100", "H100", "B200"],
+)
+def test_lowers_for_gpus(device, capability, kwargs):
+    """To Triton IR, which needs no GPU: the forward and backward pass of one layer of the 1.5B model."""
+    shapes = jax.eval_shape(lambda: split_static(make(2048, b=8, h=64, p=64, n=128, s=32, **kwargs))[0])
+    static = dict(rotation="data_dependent")
+    wide = ("dt", "A", "lam", "omega")
+    shapes = {k: u if k in wide else jax.ShapeDtypeStruct(u.shape, jnp.bfloat16) for k, u in shapes.items()}
+    mesh = AbstractMesh((), (), abstract_device=AbstractDevice(device, num_cores=None, platform="gpu"))
+    with pytest.MonkeyPatch.context() as patch, jax.sharding.use_abstract_mesh(mesh), warnings.catch_warnings():
+        blocks = default_block_sizes(kwargs.get("r", 1), jnp.bfloat16, capability)
+        patch.setattr(api, "triton", functools.partial(triton, blocks=blocks))
+        patch.setattr(api, "_platform", lambda: "cuda")
+        # JAX means to move Pallas on GPUs to Mosaic, and says so at each lowering; pyproject caps jax until then.
+        warnings.filterwarnings("ignore", "The Pallas Triton backend is deprecated", DeprecationWarning)
+        traced = jax.jit(jax.value_and_grad(sharded_loss(static), has_aux=True)).trace(shapes)
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    names = set(re.findall(r'name = "(ssm_\w+)"', text))
+    assert {"ssm_states", "ssm_outputs", "ssm_adjoints"} <= names
+
+
+ERRORS = {
+    "head dim": (dict(p=8), "x: got head dim p=8", "16, 32, 64, 128"),
+    "state size": (dict(n=16, s=4), "B: got state size n=16", "32, 64, 128, 256"),
+    "rank": (dict(r=3, mimo=True), "B: got rank r=3", "1, 2, 4, 8"),
+    "angles per head": (dict(hh=2), "omega: got one row for each of h=2 heads", "one row for all heads"),
+    "dtype": (dict(dtype=jnp.float16), "x: got dtype float16", "bfloat16, float32"),
+}
+
+
+@pytest.mark.parametrize("case", ERRORS)
+def test_an_explicit_choice_names_what_does_not_fit_and_none_falls_back(case, caplog):
+    kwargs, got, allowed = ERRORS[case]
+    args = arguments(5, **kwargs)
+    with interpreted(), caplog.at_level("INFO", logger="mamba3_jax.ops.api"):
+        with pytest.raises(NotImplementedError) as caught:
+            ssm(**args, implementation="triton")
+        api._log_choice.cache_clear()
+        jax.eval_shape(lambda: ssm(**args))
+    message = str(caught.value)
+    assert message.startswith(got) and "; allowed in the triton kernels" in message and allowed in message
+    assert [r.getMessage() for r in caplog.records] == [
+        f"ssm on cpu: implementation 'chunked' for sequences ({message})"
+    ]
+
+
+def test_float64_is_refused():
+    with jax.enable_x64(True), interpreted():
+        with pytest.raises(NotImplementedError, match="x: got dtype float64; allowed .* compute in float32"):
+            ssm(**arguments(5, dtype=jnp.float64), implementation="triton")
+
+
+def step_of(args, **options):
+    per_token = ("x", "B", "C", "dt", "A", "lam", "omega", "z")
+    token = {k: v[:, 0] if k in per_token and np.ndim(v) > 1 else v for k, v in args.items()}
+    return jax.eval_shape(lambda: ssm_step(**token, **options))
+
+
+def test_a_machine_without_a_gpu_is_named():
+    args = arguments(1)
+    expected = "implementation: got 'triton' on a machine with cpu devices.*; allowed: recurrent, chunked"
+    with pytest.raises(NotImplementedError, match=expected):
+        ssm(**args, implementation="triton")
+    with pytest.raises(NotImplementedError, match=expected):
+        step_of(args, state=random_state(args), implementation="triton")
+
+
+def test_what_a_gpu_picks(caplog):
+    """Sequences and steps by the kernels, one token of a prefill by the recurrence; each logged once."""
+    api._log_choice.cache_clear()
+    args, odd = arguments(5), arguments(1, p=6)
+    narrow = random_state(args)
+    narrow = narrow.map(lambda a: a.astype(jnp.bfloat16))._replace(angle=narrow.angle)
+    with interpreted(), caplog.at_level("INFO", logger="mamba3_jax.ops.api"):
+        for _ in range(2):
+            jax.eval_shape(lambda: ssm(**args))
+            jax.eval_shape(lambda: ssm(**cut(args, 0, 1)))
+            _, new = step_of(cut(args, 0, 1), state=narrow)
+            step_of(odd, state=random_state(odd))
+        with pytest.raises(NotImplementedError, match="x: got head dim p=6"):
+            step_of(odd, state=random_state(odd), implementation="triton")
+        with pytest.raises(ValueError, match="initial_state.ssm: got shape"):
+            step_of(cut(args, 0, 1), state=random_state(odd), implementation="triton")
+    assert [a.dtype for a in new] == [jnp.float32] + [jnp.bfloat16] * 3
+    prefix = "ssm on cpu: implementation"
+    assert [r.getMessage().removeprefix(prefix) for r in caplog.records[:3]] == [
+        " 'triton' for sequences",
+        " 'recurrent' for one token",
+        " 'triton' for steps",
+    ]
+    assert len(caplog.records) == 4 and "'recurrent' for steps (x: got head dim p=6" in caplog.records[3].getMessage()
