@@ -28,7 +28,7 @@ from jax.experimental import pallas as pl
 
 from pallas.triton import tiles
 from pallas.triton.block_sizes import BlockSizes
-from pallas.triton.forward import entry_states, gate, scan_segments, values
+from pallas.triton.forward import call_serial, entry_states, gate, scan_segments, values
 from pallas.triton.operands import OfHead, Operands, at_head, at_heads, heads_per_program, over_heads, specs
 from pallas.triton.tiles import Tiling
 
@@ -317,43 +317,15 @@ def _project_back(ops: Operands, of: str, du, out: ProjectionGradients, chunk, t
     return back, received * tiling.of_token(ops.clock, t0)[:, None]
 
 
-def _call_adjoints(ops: Operands, dy, dS, tiling: Tiling, segments: int, keep: bool, blocks: BlockSizes):
-    """As forward's _call_states, from the adjoints dS (b, h, segments, n, p) at the segments' ends."""
-    b, t, h, p = ops.x.shape
-    per_group = h // ops.B.shape[2]
-    chunks = t // tiling.c
-    at = functools.partial(at_heads, h)
-    segment = pl.BlockSpec((None, None, None, tiling.n, p), at(lambda h, s, b: (b, h, s, 0, 0)))
-    whole = pl.BlockSpec((None, None, chunks, tiling.n, p), at(lambda h, s, b: (b, h, 0, 0, 0)))
-    return pl.pallas_call(
-        functools.partial(_adjoint_kernel, tiling=tiling, chunks=chunks // segments),
-        grid=(h * segments, b),
-        in_specs=[
-            pl.BlockSpec((None,), at(lambda h, s, b: (s,))),
-            specs(ops, at(lambda h, s, b: (b, h, h // per_group))),
-            pl.BlockSpec((None, dy.shape[1], None, p), at(lambda h, s, b: (b, 0, h, 0))),
-            segment,
-        ],
-        out_specs=[whole if keep else None, segment, pl.BlockSpec((None, None, None), at(lambda h, s, b: (b, h, s)))],
-        out_shape=[
-            jax.ShapeDtypeStruct((b, h, chunks, tiling.n, p), ops.x.dtype) if keep else None,
-            jax.ShapeDtypeStruct((b, h, segments, tiling.n, p), jnp.float32),
-            jax.ShapeDtypeStruct((b, h, segments), jnp.float32),
-        ],
-        compiler_params=tiles.compiler_params(blocks.num_warps, blocks.serial_stages),
-        interpret=tiling.interpret,
-        name="ssm_adjoints",
-    )(jnp.arange(segments, dtype=jnp.int32), ops, dy, dS)
-
-
 def _exit_adjoints(ops: Operands, dy, dlast, tiling: Tiling, segments: int, blocks: BlockSizes):
     """Adjoints of every chunk's state on exit (b, h, chunks, n, p) in the dtype of x, and that of h0 in float32."""
+    call = functools.partial(call_serial, _adjoint_kernel, "ssm_adjoints", ops, (dy,), tiling=tiling, blocks=blocks)
     ends = dlast[:, :, None]
     if segments > 1:
         from_zero = jnp.zeros((*dlast.shape[:2], segments, *dlast.shape[2:]), jnp.float32)
-        _, starts, through = _call_adjoints(ops, dy, from_zero, tiling, segments, False, blocks)
+        _, starts, through = call(from_zero, keep=False)
         ends = jnp.flip(scan_segments(dlast, jnp.flip(starts, 2), jnp.flip(through, 2)), 2)
-    exits, starts, _ = _call_adjoints(ops, dy, ends, tiling, segments, True, blocks)
+    exits, starts, _ = call(ends, keep=True)
     return exits, starts[:, :, 0]
 
 

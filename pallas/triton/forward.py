@@ -87,36 +87,36 @@ def gate(tiling: Tiling, ops: Operands, z) -> jax.Array:
     return z if ops.mimo_z is None else z * tiling.of_rank(ops.mimo_z, slice(None))
 
 
-def _call_states(ops: Operands, h0, tiling: Tiling, segments: int, keep: bool, blocks: BlockSizes):
-    """From h0 (b, h, segments, n, p): entry states or None, segments' ends, and what passes through each."""
+def call_serial(kernel, name: str, ops: Operands, sequences, start, tiling: Tiling, keep: bool, blocks: BlockSizes):
+    """A pass from chunk to chunk of every segment, forwards or backwards, as `kernel` walks.
+
+    From start (b, h, segments, n, p) and `sequences` like y: the states of all chunks or None, those where the segments
+    end, and what passes through each.
+    """
     b, t, h, p = ops.x.shape
-    per_group = h // ops.B.shape[2]
-    chunks = t // tiling.c
+    per_group, chunks, segments = h // ops.B.shape[2], t // tiling.c, start.shape[2]
     at = functools.partial(at_heads, h)
     segment = pl.BlockSpec((None, None, None, tiling.n, p), at(lambda h, s, b: (b, h, s, 0, 0)))
     whole = pl.BlockSpec((None, None, chunks, tiling.n, p), at(lambda h, s, b: (b, h, 0, 0, 0)))
     return pl.pallas_call(
-        functools.partial(_state_kernel, tiling=tiling, chunks=chunks // segments),
+        functools.partial(kernel, tiling=tiling, chunks=chunks // segments),
         grid=(h * segments, b),
         in_specs=[
             pl.BlockSpec((None,), at(lambda h, s, b: (s,))),
             specs(ops, at(lambda h, s, b: (b, h, h // per_group))),
+            *(pl.BlockSpec((None, u.shape[1], None, p), at(lambda h, s, b: (b, 0, h, 0))) for u in sequences),
             segment,
         ],
-        out_specs=[
-            whole if keep else None,
-            segment,
-            pl.BlockSpec((None, None, None), at(lambda h, s, b: (b, h, s))),
-        ],
+        out_specs=[whole if keep else None, segment, pl.BlockSpec((None, None, None), at(lambda h, s, b: (b, h, s)))],
         out_shape=[
             jax.ShapeDtypeStruct((b, h, chunks, tiling.n, p), ops.x.dtype) if keep else None,
-            jax.ShapeDtypeStruct((b, h, segments, tiling.n, p), jnp.float32),
+            jax.ShapeDtypeStruct(start.shape, jnp.float32),
             jax.ShapeDtypeStruct((b, h, segments), jnp.float32),
         ],
         compiler_params=tiles.compiler_params(blocks.num_warps, blocks.serial_stages),
         interpret=tiling.interpret,
-        name="ssm_states",
-    )(jnp.arange(segments, dtype=jnp.int32), ops, h0)
+        name=name,
+    )(jnp.arange(segments, dtype=jnp.int32), ops, *sequences, start)
 
 
 def _call_outputs(ops: Operands, entries, tiling: Tiling, blocks: BlockSizes) -> jax.Array:
@@ -143,17 +143,17 @@ def _call_outputs(ops: Operands, entries, tiling: Tiling, blocks: BlockSizes) ->
 
 def entry_states(ops: Operands, h0, tiling: Tiling, segments: int, blocks: BlockSizes) -> tuple[jax.Array, jax.Array]:
     """(b, h, chunks, n, p) in the dtype of x, and the last state (b, h, n, p) in float32."""
+    call = functools.partial(call_serial, _state_kernel, "ssm_states", ops, (), tiling=tiling, blocks=blocks)
     starts = h0[:, :, None]
     if segments > 1:
-        from_zero = jnp.zeros((*h0.shape[:2], segments, *h0.shape[2:]), jnp.float32)
-        _, ends, through = _call_states(ops, from_zero, tiling, segments, False, blocks)
+        _, ends, through = call(jnp.zeros((*h0.shape[:2], segments, *h0.shape[2:]), jnp.float32), keep=False)
         starts = scan_segments(h0, ends, through)
-    entries, ends, _ = _call_states(ops, starts, tiling, segments, True, blocks)
+    entries, ends, _ = call(starts, keep=True)
     return entries, ends[:, :, -1]
 
 
 def scan_segments(h0, ends, through) -> jax.Array:
-    """The state each segment starts from: H_0 = h0, H_{k+1} = through_k H_k + ends_k. Shapes as in _call_states."""
+    """The state each segment starts from: H_0 = h0, H_{k+1} = through_k H_k + ends_k. Shapes as in call_serial."""
     starts = [h0]
     for k in range(ends.shape[2] - 1):
         starts.append(through[:, :, k, None, None] * starts[-1] + ends[:, :, k])

@@ -10,11 +10,9 @@ from jax.experimental import pallas as pl
 class Operands(NamedTuple):
     """What the SSM reads, as the layer wrote it; None is absent. Only these are kept for the backward pass.
 
-    `ranks` below is r for MIMO outputs that stay uncontracted, else 1.
-
     Attributes:
         x, z: input and gate.
-        B, C: projections in pair order, the ranks of a token one after the other.
+        B, C: projections in kernel order (tiles.py), the ranks of a token one after the other.
         B_bias, C_bias: added per head before the rotation.
         D: skip.
         mimo_x, mimo_z, mimo_o: rank projections.
@@ -39,7 +37,7 @@ class Operands(NamedTuple):
     mimo_x: jax.Array | None  # (h, r, p)
     mimo_z: jax.Array | None  # (h, r, p)
     mimo_o: jax.Array | None  # (h, r, p)
-    coarse: jax.Array  # (b, h, t), like the next five float32
+    coarse: jax.Array  # (b, h, t), like the next three; all coefficients are float32
     fine: jax.Array
     entry: jax.Array
     exit: jax.Array
@@ -55,9 +53,8 @@ class Operands(NamedTuple):
 def specs(operands: Operands, at, heads: int | None = None) -> Operands:
     """A BlockSpec per operand that gives one row of the batch, and one head or a block of `heads` of one group.
 
-    `at(*grid)` is (b, h, g), h counted in blocks.
-
-    Every time axis is whole: a kernel slices its own chunk, so that passes over chunks and loops over them read alike.
+    `at(*grid)` is (b, h, g), h counted in blocks. Every time axis is whole: a kernel slices its own chunk, so that passes
+    over chunks and loops over them read alike.
     """
 
     def spec(name, array):

@@ -306,7 +306,8 @@ def test_lowers_for_gpus(device, capability, kwargs):
         traced = jax.jit(jax.value_and_grad(sharded_loss(static), has_aux=True)).trace(shapes)
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
     names = set(re.findall(r'name = "(ssm_\w+)"', text))
-    assert {"ssm_states", "ssm_outputs", "ssm_adjoints"} <= names
+    gradients = {f"ssm_{of}_gradients" for of in ("value", "weight", "B", "C")}
+    assert names == {"ssm_states", "ssm_outputs", "ssm_adjoints"} | gradients
 
 
 ERRORS = {
