@@ -53,8 +53,8 @@ class Operands(NamedTuple):
 def specs(operands: Operands, at, heads: int | None = None) -> Operands:
     """A BlockSpec per operand that gives one row of the batch, and one head or a block of `heads` of one group.
 
-    `at(*grid)` is (b, h, g), h counted in blocks. Every time axis is whole: a kernel slices its own chunk, so that passes
-    over chunks and loops over them read alike.
+    `at(*grid)` is (b, h, g), h counted in blocks. Every time axis is whole: a kernel slices its own chunk, so that
+    passes over chunks and loops over them read alike.
     """
 
     def spec(name, array):
