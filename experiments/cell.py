@@ -1,27 +1,32 @@
 """One sweep, from its configuration to its report: every learning rate and seed of one model on one task.
 
 Each seed's best run by validation, over learning rates and steps, is tested on rows that it has never seen. A results
-directory holds config.yaml, metrics.jsonl, checkpoints/ (resume), summary.json, accuracy.png and report.md.
+directory holds config.yaml, metrics.jsonl, checkpoints/ (resume), summary.json, accuracy.png, report.md, and in model/
+the best run's model, for `mamba3 generate` and its siblings.
 """
 
 import contextlib
 import dataclasses
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from typing import Literal
 
 import jax
 import numpy as np
+from flax import nnx
 from jaxtyping import PRNGKeyArray
 
 from experiments import report
-from experiments.command import Command, fail
+from experiments.command import Command
 from experiments.models import ModelConfig
 from experiments.sweep import CurriculumConfig, Sweep, check_memory
 from experiments.training import INTERRUPTED, Schedule, Training, evaluate, train
 from mamba3_jax.checks import check_choice
+from mamba3_jax.command import fail
 from mamba3_jax.layers import Mamba3Config
+from mamba3_jax.models.checkpoint import MODEL, save_model
 from mamba3_jax.tasks import RETRIEVAL_TASKS, TASKS, TEXT_TASKS, Batch, Task, get_task, unscaled_accuracy
 from mamba3_jax.training.optimizer import OptimizerConfig
 from mamba3_jax.training.run_directory import RunDirectory
@@ -255,9 +260,12 @@ def _report(command: Command[Config], training: Training, directory: RunDirector
         length: evaluate(sweep, best, _rows(config, CURVE_KEY, config.validation_rows, length, length))
         for length in config.curve_lengths
     }
+    model = sweep.merge(jax.tree.map(lambda p: p[0], best))
+    # One that is there was written by an evaluation that did not reach its end.
+    shutil.rmtree(directory.path / MODEL, ignore_errors=True)
+    save_model(directory.path / MODEL, model.config, nnx.to_pure_dict(nnx.state(model, nnx.Param)))
     turns = None
     if isinstance(config.model.mixer_config(), Mamba3Config) and config.curve_lengths:
-        model = sweep.merge(jax.tree.map(lambda p: p[0], best))
         length = max(64, get_task(config.task).min_length)
         turns = report.turns_by_token(model, _rows(config, CURVE_KEY, 64, length, length)[0].tokens)
     summary = report.summarize(command, training, chosen, test, rows, curve, deviations)

@@ -24,7 +24,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.command import Command, fail, parse, results_folder
+from experiments.command import Command, parse, results_folder
+from mamba3_jax.command import fail
 
 COLUMNS = ("forward_ms", "forward_backward_ms", "forward_temp_mb", "forward_backward_temp_mb")
 # Of the rows whose cost per token is compared.

@@ -2,11 +2,12 @@
 
 import dataclasses
 import shlex
-import sys
 from pathlib import Path
 
 import jsonargparse
 import yaml
+
+from mamba3_jax.command import fail, instantiate, one_line, option_parser
 
 RESULTS = Path("results")
 
@@ -46,7 +47,7 @@ def parse[Config](name: str, config_class: type[Config], argv: list[str], *, cel
     Raises:
         SystemExit: status 2 after one line on stderr, for a bad option, value or file.
     """
-    parser = _parser(name, config_class)
+    parser = option_parser(f"mamba3 experiment {name}", config_class)
     parser.add_argument("--config", action="config", help="YAML file with any of the options below")
     parser.add_argument("--results_dir", type=str, default=None, help="default: results/<config>[,option=value...]")
     if cells:
@@ -54,14 +55,14 @@ def parse[Config](name: str, config_class: type[Config], argv: list[str], *, cel
         parser.add_argument("--smoke", action="store_true", help="a few tiny steps of everything, in seconds")
     try:
         parsed = parser.parse_args(argv)
-        config = _instantiate(parser, parsed, config_class)
+        config = instantiate(parser, parsed, config_class)
         files = [str(path) for path in parsed.config or []]
         base = parser.parse_args([f"--config={path}" for path in files])
-        base = _instantiate(parser, base, config_class)
+        base = instantiate(parser, base, config_class)
     except (jsonargparse.ArgumentError, ValueError, TypeError) as error:
-        fail(_one_line(error, config_class))
+        fail(one_line(error, config_class))
     directory = parsed.results_dir or RESULTS / _default_name(name, files, to_dict(base), to_dict(config))
-    line = shlex.join(["uv", "run", "mamba3", "experiment", name, *_without("--only", argv)])
+    line = shlex.join(["uv", "run", "mamba3", "experiment", name, *_without("--measure", _without("--only", argv))])
     options = dict(only=parsed.only, smoke=parsed.smoke) if cells else {}
     return Command(config, _text(config), Path(directory), line, **options)
 
@@ -72,18 +73,12 @@ def from_dict[Config](config_class: type[Config], values: dict, what: str) -> tu
     Raises:
         SystemExit: status 2 after one line on stderr that begins with `what`.
     """
-    parser = _parser(what, config_class)
+    parser = option_parser(what, config_class)
     try:
-        config = _instantiate(parser, parser.parse_object(values), config_class)
+        config = instantiate(parser, parser.parse_object(values), config_class)
     except (jsonargparse.ArgumentError, ValueError, TypeError) as error:
-        fail(f"{what}: {_one_line(error, config_class)}")
+        fail(f"{what}: {one_line(error, config_class)}")
     return config, _text(config)
-
-
-def _parser(name: str, config_class: type) -> jsonargparse.ArgumentParser:
-    parser = jsonargparse.ArgumentParser(prog=f"mamba3 experiment {name}", exit_on_error=False, allow_abbrev=False)
-    parser.add_class_arguments(config_class)
-    return parser
 
 
 def _text(config) -> str:
@@ -109,21 +104,10 @@ def results_folder(command: Command) -> Path:
     return command.results_dir
 
 
-def fail(message: str) -> None:
-    """One line on stderr, status 2."""
-    print(message, file=sys.stderr)
-    raise SystemExit(2)
-
-
 def to_dict(config) -> dict:
     """A configuration as plain YAML values."""
     return {k: list(v) if isinstance(v, tuple) else to_dict(v) if isinstance(v, dict) else v
             for k, v in (config if isinstance(config, dict) else dataclasses.asdict(config)).items()}  # fmt: skip
-
-
-def _instantiate[Config](parser, parsed, config_class: type[Config]) -> Config:
-    values = parser.instantiate(parsed)
-    return config_class(**{field.name: values[field.name] for field in dataclasses.fields(config_class)})
 
 
 def _default_name(name: str, files: list[str], base: dict, config: dict) -> str:
@@ -138,19 +122,3 @@ def flatten(values: dict, prefix: str = "") -> dict:
     for key, value in values.items():
         flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return flat
-
-
-def _one_line(error: Exception, config_class: type) -> str:
-    message = " ".join(str(error).split())
-    if any(text in message for text in ("does not accept option", "unrecognized arguments", "is not accepted")):
-        message += f"; allowed: {', '.join(_keys(config_class))}"
-    return message
-
-
-def _keys(config_class: type, prefix: str = "") -> list[str]:
-    """Every dotted option of a configuration."""
-    keys = []
-    for field in dataclasses.fields(config_class):
-        nested = dataclasses.is_dataclass(field.type)
-        keys += _keys(field.type, f"{prefix}{field.name}.") if nested else [prefix + field.name]
-    return keys

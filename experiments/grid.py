@@ -12,8 +12,9 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from experiments import cell
-from experiments.command import Command, fail, from_dict
+from experiments.command import Command, from_dict
 from mamba3_jax.checks import check_choice
+from mamba3_jax.command import fail
 from mamba3_jax.tasks import get_task
 from mamba3_jax.training.run_directory import check_same_config
 

@@ -34,11 +34,13 @@ import jax
 import numpy as np
 
 from experiments import kernel_report
-from experiments.command import fail, parse, results_folder
+from experiments.command import parse, results_folder
 from experiments.kernel_programs import Cell, Shape, arrays, cells, counts, forward_backward, program, size
 from experiments.sweep import memory_available
+from mamba3_jax.command import fail
 
 ROOT = Path(__file__).resolve().parent.parent
+CODE = ("mamba3_jax/ops", "pallas")
 # Cells whose programs are compiled at once, on as many threads; nothing is timed meanwhile.
 GROUP = 8
 # A cell is timed for about this long at most, in batches of at most so many calls.
@@ -231,10 +233,10 @@ def _missing(cell: Cell, error: Exception) -> Missing:
     return Missing(cell, f"failed: {type(error).__name__}: {reason}", failed=True)
 
 
-def identity(config: Config) -> dict:
-    """What must be the same for a row to stand."""
+def identity(config, folders: tuple[str, ...]) -> dict:
+    """What must be the same for a row to stand: the device, the software, the settings, the code in some folders."""
     code = hashlib.sha256()
-    for folder in ("mamba3_jax/ops", "pallas"):
+    for folder in folders:
         for path in sorted((ROOT / folder).rglob("*.py")):
             code.update(path.read_bytes())
     device = f"{jax.devices()[0].device_kind} ({jax.default_backend()})"
@@ -252,7 +254,7 @@ def main(argv: list[str]) -> int:
     path = folder / "metrics.jsonl"
     stored = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     if config.measure:
-        same = identity(config)
+        same = identity(config, CODE)
         wanted = cells(config, jax.default_backend())
         if not (chosen := [cell for cell in wanted if fnmatch.fnmatch(cell.name, command.only)]):
             fail(f"only: got {command.only!r}, which matches no cell; allowed: a pattern of {wanted[2].name!r}")

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import matplotlib
 
-from experiments.command import fail
 from experiments.kernel_programs import PASSES, Shape
+from mamba3_jax.command import fail
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (after the backend is chosen)

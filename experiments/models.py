@@ -59,6 +59,9 @@ class ModelConfig(Mamba3Config):
         """The mixer's own configuration, without the options of other mixers."""
         kind = MIXERS[self.mixer]
         names = {field.name for field in dataclasses.fields(self)}
+        if kind is AttentionConfig:
+            # Its heads share out d_model: the head size of a grid is that of a state.
+            names -= {"head_dim"}
         return kind(**{f.name: getattr(self, f.name) for f in dataclasses.fields(kind) if f.name in names})
 
     def lm(self, vocab_size: int) -> LMConfig:

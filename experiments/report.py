@@ -172,8 +172,8 @@ def turns_by_token(model: LM, tokens: Int[Array, "b t"]) -> Float[Array, "layers
     for block in model.blocks:
         u = block.norm(x)
         if model.config.mixer.rotation == "data_dependent":
-            turn = block.mixer.step_size(u)[..., None] * block.mixer.angular_velocity(u)[:, :, None]
-            turn = turn.reshape(*tokens.shape, -1)
+            dynamics = block.mixer.dynamics(u)
+            turn = (dynamics["dt"][..., None] * dynamics["omega"]).reshape(*tokens.shape, -1)
             layers.append(jnp.einsum("btv,bts->vs", one_hot, turn) / jnp.where(seen > 0, seen, jnp.nan))
         x, _ = block(x, None, None)
     return jnp.stack(layers) if layers else jnp.zeros((0, model.config.vocab_size, 0))

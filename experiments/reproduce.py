@@ -9,7 +9,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from experiments.command import RESULTS, fail
+from experiments.command import RESULTS
+from mamba3_jax.command import fail
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +92,10 @@ RESULTS_BY_NAME: dict[str, Result] = {
     "kernel_latency": Result(
         "time, bandwidth, memory and accuracy of the operator's implementations beside Mamba-2 and attention",
         "kernel_latency", (), "kernel_latency", "not for CPUs", "6 min", ("--smoke",),
+    ),
+    "generation_latency": Result(
+        "reading and writing text with the 1.5B models: decode against the bytes it moves, prefill, table 7",
+        "generation_latency", (), "generation_latency", "not for CPUs", "10 min", ("--smoke",),
     ),
     "sweep_throughput": Result(
         "training many runs at once against a loop of single runs",

@@ -1,6 +1,6 @@
 """Reads the golden files and runs our operator on them. tests/golden/README.md says what is in a file.
 
-tests/golden holds a part of the set (it is capped at 6 MB); MAMBA3_GOLDEN=DIR runs the same tests on all of it.
+tests/golden holds a part of the set (it is capped at 7 MB); MAMBA3_GOLDEN=DIR runs the same tests on all of it.
 """
 
 import json

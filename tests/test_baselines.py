@@ -1,6 +1,7 @@
 """The baselines: the gated delta rule, Mamba-2, Gated DeltaNet and attention, each against a plain loop in float64."""
 
 import functools
+import re
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -13,6 +14,7 @@ from flax import nnx
 from flax.traverse_util import flatten_dict
 
 from mamba3_jax.layers import (
+    AttentionBuffer,
     AttentionConfig,
     AttentionState,
     GatedDeltaNet,
@@ -179,6 +181,9 @@ OPTIONS = {
     "attention": AttentionConfig(d_model=8, n_heads=2),
     "attention, grouped, base 100": AttentionConfig(d_model=16, n_heads=4, n_kv_heads=2, rope_base=100.0),
     "attention, one kv head, no positions": AttentionConfig(d_model=8, n_heads=4, n_kv_heads=1, rotation="none"),
+    "attention, wide heads, partly turned, conv, biases": AttentionConfig(
+        d_model=8, n_heads=2, head_dim=6, rotary_dim=4, conv_width=4, qkv_bias=True, out_bias=True
+    ),
 }
 
 
@@ -228,23 +233,29 @@ def plain_gated_deltanet(c: GatedDeltaNetConfig, w: dict, u: np.ndarray) -> tupl
 
 def plain_attention(c: AttentionConfig, w: dict, u: np.ndarray) -> tuple[np.ndarray, list]:
     """Dense, with complex numbers for RoPE; of the state the values, because a packed document's keys are turned on."""
-    t, h, g, p = len(u), c.n_heads, c.kv_heads, c.head_dim
-    qkv = (u @ w["qkv_proj", "kernel"]).reshape(t, h + 2 * g, p)
-    q, k, v = np.split(qkv, [h, h + g], axis=1)
+    t, h, g, p, turning = len(u), c.n_heads, c.kv_heads, c.p, 2 * c.rotated_pairs
+    qkv, tails = u @ w["qkv_proj", "kernel"] + w.get(("qkv_proj", "bias"), 0), [[] for _ in u]
+    if c.conv_width:
+        qkv, tails = plain_conv(w["conv", "weight"], w["conv", "bias"], qkv, activation=np.asarray)
+        tails = [[tail] for tail in tails]
+    q, k, v = np.split(qkv.reshape(t, h + 2 * g, p), [h, h + g], axis=1)
     if c.rotation == "rope":
-        spin = np.exp(1j * np.outer(np.arange(t), c.rope_base ** (-2 * np.arange(p // 2) / p)))[:, None]
-        q, k = ((a[..., : p // 2] + 1j * a[..., p // 2 :]) * spin for a in (q, k))
+        spin = np.exp(1j * np.outer(np.arange(t), c.rope_base ** (-2 * np.arange(turning // 2) / turning)))[:, None]
+        turned = ((a[..., : turning // 2] + 1j * a[..., turning // 2 : turning]) * spin for a in (q, k))
+        q, k = (np.concatenate([pair, a[..., turning:]], axis=-1) for pair, a in zip(turned, (q, k)))
     k, values = (np.repeat(a, h // g, axis=1) for a in (k, v))
     scores = np.einsum("ihp,jhp->hij", q, k.conj()).real / np.sqrt(p)
     weights = np.where(np.tril(np.ones((t, t), bool)), np.exp(scores), 0)
     y = np.einsum("hij,jhp->ihp", weights / weights.sum(-1, keepdims=True), values).reshape(t, h * p)
-    return y @ w["out_proj", "kernel"], [[v[: i + 1]] for i in range(t)]
+    y = y @ w["out_proj", "kernel"] + w.get(("out_proj", "bias"), 0)
+    return y, [[v[: i + 1], *tails[i]] for i in range(t)]
 
 
 def observe(state, row: int) -> list[jax.Array]:
     """The arrays of one row of a state that the plain loops return."""
     if isinstance(state, AttentionState):
-        return [state.v[row, int(state.first[row]) :]]
+        values = state.v[row, int(state.first[row]) : int(state.position[row])]
+        return [values] + ([] if state.conv is None else [state.conv[row]])
     operator = state.delta if isinstance(state, GatedDeltaNetState) else state.ssm.ssm
     return [operator[row]] + ([] if state.conv is None else [state.conv[row]])
 
@@ -360,10 +371,35 @@ def test_gradients_are_the_plain_loops_slopes(case):
         np.testing.assert_allclose(np.sum(direction * grad), (up - down) / (2 * step), rtol=1e-5, err_msg=str(path))
 
 
+@pytest.mark.parametrize("option", [name for name in OPTIONS if name.startswith("attention")])
+def test_attention_in_a_buffer_of_fixed_size(option):
+    """Packed documents, a call and then steps, are one call; a state that grew goes on in reserved slots."""
+    with jax.enable_x64(True):
+        config, case = OPTIONS[option], build(option)
+        u = tokens(T, d=config.d_model)
+        ids = jnp.asarray([np.repeat([0, 1], row) for row in ([5, 7], [1, 11])], jnp.int32)
+        y, grown = case.run(u, case.empty, ids)
+        mixer = build_mixer(config, rngs=nnx.Rngs(0), dtype=jnp.dtype(jnp.float64))
+        first, state = case.run(u[:, :8], mixer.empty_state(2, capacity=T), ids[:, :8])
+        last = []
+        for i in range(8, T):
+            step, state = case.step(u[:, i], state)
+            last.append(step)
+        assert isinstance(state, AttentionBuffer) and state.k.shape[1] == T
+        assert_close(np.concatenate([first, np.stack(last, axis=1)], axis=1), y, case.tolerance)
+        for row in range(2):
+            for got, expected in zip(observe(state, row), observe(grown, row), strict=True):
+                assert_close(got, expected, case.tolerance)
+        reserved = grown.reserve(3)
+        assert isinstance(reserved, AttentionBuffer) and reserved.k.shape[1] == T + 3
+        for one, other in ((grown, reserved), (case.step(u[:, 0], grown)[1], case.step(u[:, 0], reserved)[1])):
+            assert_close(case.step(u[:, 1], other)[0], case.step(u[:, 1], one)[0], case.tolerance)
+
+
 @pytest.mark.parametrize("dtype, tolerance", [(jnp.float32, 1e-5), (jnp.bfloat16, 0.05)])
 @pytest.mark.parametrize("option", OPTIONS)
 def test_lower_precision_is_close_and_keeps_float32_states(option, dtype, tolerance):
-    """A state has the dtypes of the empty one whatever the compute dtype, and but for attention its shapes."""
+    """A state has the dtypes of the empty one, and but for attention, which holds what it computed, its shapes."""
     config = OPTIONS[option]
     mixer, w = randomised(lambda: build_mixer(config, rngs=nnx.Rngs(0), dtype=jnp.dtype(dtype)))
     u = jnp.asarray(tokens(T, d=config.d_model), dtype)
@@ -372,10 +408,12 @@ def test_lower_precision_is_close_and_keeps_float32_states(option, dtype, tolera
     for row in range(2):
         assert_close(y[row], PLAIN[type(config)](config, w, np.float64(u[row]))[0], tolerance)
     empty = mixer.empty_state(2)
-    assert {a.dtype for a in jax.tree.leaves(state)} <= {jnp.dtype(jnp.float32), jnp.dtype(jnp.int32)}
     if isinstance(config, AttentionConfig):
-        assert state.k.shape == state.v.shape == (2, T, config.kv_heads, config.head_dim)
+        assert state.k.shape == state.v.shape == (2, T, config.kv_heads, config.p)
+        assert state.k.dtype == state.v.dtype == dtype
         state = state._replace(k=state.k[:, :0], v=state.v[:, :0])
+    else:
+        assert {a.dtype for a in jax.tree.leaves(state)} <= {jnp.dtype(jnp.float32)}
     chex.assert_trees_all_equal_shapes_and_dtypes(empty, state)
 
 
@@ -424,6 +462,44 @@ def test_language_models_run_in_pieces(mixer):
     assert_close(jnp.concatenate([first, second, last[:, None]], axis=1), whole, 1e-5)
 
 
+def test_a_hybrid_has_attention_where_it_says_and_decodes_in_a_buffer_of_fixed_size():
+    """Blocks of two kinds; prefill and steps equal one call, and the cache keeps its shapes."""
+    attention = AttentionConfig(D, n_heads=H, rotary_dim=2)
+    config = LMConfig(Mamba2Config(D, d_state=N, head_dim=P), 3, VOCAB, attention=attention, attention_layers=(0, 2))
+    lm = LM(config, rngs=nnx.Rngs(0))
+    assert [isinstance(block.mixer.config, AttentionConfig) for block in lm.blocks] == [True, False, True]
+    ids = jnp.asarray(np.random.default_rng(0).integers(0, VOCAB, (2, 9)), jnp.int32)
+    run = nnx.jit(lambda lm, tokens, cache: lm(tokens, cache))
+    step = nnx.jit(lambda lm, tokens, cache: lm.step(tokens, cache))
+    whole, _ = run(lm, ids, None)
+    first, cache = run(lm, ids[:, :5], lm.empty_cache(2, capacity=9))
+    outputs = [first]
+    for i in range(5, 9):
+        before = cache
+        logits, cache = step(lm, ids[:, i], cache)
+        chex.assert_trees_all_equal_shapes_and_dtypes(before, cache)
+        outputs.append(logits[:, None])
+    assert_close(jnp.concatenate(outputs, axis=1), whole, 1e-5)
+
+
+@pytest.mark.parametrize(
+    "options, text",
+    [
+        (dict(attention_layers=(1,)), "attention_layers: got (1,) with attention None; allowed: both, or neither"),
+        (dict(attention=AttentionConfig(D, n_heads=H)), "allowed: both, or neither"),
+        (dict(attention=AttentionConfig(D, n_heads=H), attention_layers=(3,)), "got (3,); allowed: different layers"),
+        (dict(attention=AttentionConfig(D, n_heads=H), attention_layers=(1, 0)), "from 0 to 2, in rising order"),
+        (
+            dict(attention=AttentionConfig(32, n_heads=H), attention_layers=(1,)),
+            "attention: got d_model 32; allowed: 16",
+        ),
+    ],
+)
+def test_a_hybrid_that_does_not_fit_is_named(options, text):
+    with pytest.raises(ValueError, match=re.escape(text)):
+        LMConfig(Mamba2Config(D, d_state=N, head_dim=P), 3, VOCAB, **options)
+
+
 @pytest.mark.parametrize("mixer", COUNTS, ids=lambda config: type(config).__name__)
 def test_parameters_are_counted_and_gains_and_biases_spared_from_decay(mixer):
     lm = nnx.eval_shape(lambda: LM(LMConfig(mixer, n_layers=3, vocab_size=VOCAB), rngs=nnx.Rngs(0)))
@@ -465,6 +541,10 @@ OPTION_ERRORS = [
     (AttentionConfig, "n_kv_heads", 3, "a divisor of the 4 heads"),
     (AttentionConfig, "rotation", "spin", "'rope', 'none'"),
     (AttentionConfig, "rope_base", 0.0, "a positive number"),
+    (AttentionConfig, "head_dim", 0, "a positive integer, or None"),
+    (AttentionConfig, "rotary_dim", 3, "an even number up to the head's 16"),
+    (AttentionConfig, "rotary_dim", 18, "an even number up to the head's 16"),
+    (AttentionConfig, "conv_width", -1, "0 (none) or the number of taps"),
 ]
 
 

@@ -19,7 +19,7 @@ MODULES = [
     for dtype in (np.float32, np.float64)
     if dtype == np.float32 or golden.is_float64(golden.load(name)[0])
 ]
-LMS = ("lm_tied", "lm_mimo_bf16")
+LMS = ("lm_tied", "lm_mimo_bf16", "lm_hybrid", "lm_hybrid_rotary")
 TOLERANCE = golden.TOLERANCES[np.float32]
 
 
@@ -61,7 +61,7 @@ def test_module(name, dtype):
         (_, y), (grads, grad_u) = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(parameters, u)
         assert all(a.dtype == dtype for a in jax.tree.leaves((y, grads, grad_u)))
         golden.assert_close(y, arrays["y"], rtol["value"], "y")
-        assert_gradients_close(official.to_official(grads, official.MIXER) | dict(u=grad_u), arrays, rtol["gradient"])
+        assert_gradients_close(official.mixer_gradients(grads) | dict(u=grad_u), arrays, rtol["gradient"])
 
 
 @pytest.mark.parametrize("name, dtype", [case for case in MODULES if "packed" not in case.id])
@@ -123,8 +123,8 @@ def test_lm_logits_and_gradients(lm):
     golden.assert_close(token_loss, arrays["token_loss"], TOLERANCE["value"], "token_loss")
     golden.assert_close(mean, arrays["loss"], TOLERANCE["value"], "loss")
     if has_gradients:
-        names = official.lm_names(nnx.merge(graph, parameters).config.n_layers)
-        assert_gradients_close(official.to_official(grads, names), arrays, TOLERANCE["gradient"])
+        named = official.lm_gradients(grads, nnx.merge(graph, parameters))
+        assert_gradients_close(named, arrays, TOLERANCE["gradient"])
 
 
 def test_lm_prefill_then_steps_and_greedy_continuation(lm):
@@ -146,7 +146,8 @@ def test_lm_prefill_then_steps_and_greedy_continuation(lm):
             tokens = jnp.argmax(logits[:, :limit], axis=-1)
             return model.step(tokens, cache), (tokens, logits)
 
-        first, cache = model(ids[:, :half])
+        b, t = ids.shape
+        first, cache = model(ids[:, :half], model.empty_cache(b, capacity=t + arrays["greedy_ids"].shape[1]))
         cache, second = jax.lax.scan(read, cache, ids[:, half:].T)
         start = (second[-1], cache)
         _, padded = jax.lax.scan(functools.partial(write, None), start, length=arrays["greedy_ids"].shape[1])

@@ -49,12 +49,12 @@ def normalise(u, weight, axis=-1):
     return u / np.sqrt(np.mean(u**2, axis, keepdims=True) + 1e-5) * weight
 
 
-def plain_conv(weight, bias, u):
+def plain_conv(weight, bias, u, activation=silu):
     """One document (t, d) through the convolution, and its tails: the last inputs after every token, 0 at first."""
     past = len(weight) - 1
     padded = np.concatenate([np.zeros((past, u.shape[1])), u])
     y = [bias + sum(weight[back] * padded[past + t - back] for back in range(past + 1)) for t in range(len(u))]
-    return silu(np.array(y)), [padded[t + 1 : t + 1 + past] for t in range(len(u))]
+    return activation(np.array(y)), [padded[t + 1 : t + 1 + past] for t in range(len(u))]
 
 
 def plain_inputs(c: Mamba3Config, w: dict, u: np.ndarray) -> tuple[list[np.ndarray], list]:

@@ -37,7 +37,37 @@ def test_results_in_the_table_are_the_committed_ones():
     rows = re.findall(r"\| (-?[\d.]+) \| \[.*?\]\((results/[^)]+/report.md)\)", README)
     assert rows
     for figure, report in rows:
-        committed = subprocess.run(["git", "show", f"HEAD:{report}"], cwd=ROOT, capture_output=True, text=True)
-        if committed.returncode:
-            pytest.skip("needs a git checkout, which knows the committed report from your own run's")
-        assert f" {figure} +- " in committed.stdout, report
+        assert f" {figure} +- " in _committed(report), report
+
+
+def test_table_5b_is_the_committed_one():
+    """Row by row; a dash is a cell that was not run."""
+    committed = {cells[0]: cells[1:] for cells in _tables(_committed("results/table_5b/report.md")) if len(cells) == 4}
+    ours = [cells for cells in _tables(README) if cells[0] in committed and len(cells) == 4 and cells[1][-1] == ")"]
+    assert len(ours) == 4
+    for name, *cells in ours:
+        assert cells == ["-" if "not run" in cell else cell for cell in committed[name]]
+
+
+def test_decode_times_are_the_committed_ones():
+    """ms per step, and times its bound."""
+    committed = _tables(_committed("results/generation_latency/report.md"))
+    found = {
+        tuple(c[:4]): f"{float(c[4]):.2f} ({c[8]})" for c in committed if len(c) == 9 and c[0].startswith("mamba3")
+    }
+    batches = [("1", "float32"), ("8", "float32"), ("32", "float32"), ("128", "float32"), ("128", "bfloat16")]
+    rows = {cells[0].split()[0].strip(","): cells[1:] for cells in _tables(README) if len(cells) == 6}
+    for name in ("SISO", "MIMO"):
+        assert rows[name] == [found[f"mamba3-{name.lower()}-1.5b", b, "1", dtype] for b, dtype in batches]
+
+
+def _tables(text: str) -> list[list[str]]:
+    """The cells of every row of every table."""
+    return [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in text.splitlines() if line[:2] == "| "]
+
+
+def _committed(report: str) -> str:
+    committed = subprocess.run(["git", "show", f"HEAD:{report}"], cwd=ROOT, capture_output=True, text=True)
+    if committed.returncode:
+        pytest.skip("needs a git checkout, which knows the committed report from your own run's")
+    return committed.stdout

@@ -16,13 +16,14 @@ import pytest
 import yaml
 from flax import nnx
 
-from experiments import command, grid, report, state_tracking
+from experiments import cell, command, grid, report, state_tracking
 from experiments.models import Mixer, ModelConfig
 from experiments.sweep import CurriculumConfig, Sweep
 from experiments.training import INTERRUPTED
 from mamba3_jax import cli
 from mamba3_jax.layers import Mamba3Config
 from mamba3_jax.models import LM, LMConfig
+from mamba3_jax.models.checkpoint import load_model
 from mamba3_jax.ops import ssm
 from mamba3_jax.tasks import accuracy, get_task
 from mamba3_jax.training.optimizer import OptimizerConfig, learning_rate
@@ -76,7 +77,7 @@ def _run(config: Path, directory: Path, *options: str) -> int:
 
 def test_a_run_leaves_everything_that_the_readme_promises(finished):
     assert {path.name for path in finished.iterdir()} == {
-        "config.yaml", "metrics.jsonl", "checkpoints", "summary.json", "accuracy.png", "report.md",
+        "config.yaml", "metrics.jsonl", "checkpoints", "model", "summary.json", "accuracy.png", "report.md",
     }  # fmt: skip
     metrics = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
     assert [m["step"] for m in metrics] == [10, 20, 30, 40]
@@ -381,6 +382,17 @@ def test_turns_by_token_are_the_models_own():
     turns = report.turns_by_token(model, tokens)
     mixer = model.blocks[0].mixer
     u = model.blocks[0].norm(model.embedding[...][jnp.asarray([[2]])])
-    expected = mixer.step_size(u)[0, 0][:, None] * mixer.angular_velocity(u)[0, 0][None]
+    dynamics = mixer.dynamics(u)
+    expected = dynamics["dt"][0, 0][:, None] * dynamics["omega"][0, 0]
     np.testing.assert_allclose(turns[0, 2], expected.ravel(), rtol=1e-5)
     assert np.isnan(turns[0, 0]).all()
+
+
+def test_the_selected_model_is_kept_and_scores_what_the_report_says(finished):
+    values = yaml.safe_load((finished / "config.yaml").read_text())
+    config, _ = command.from_dict(cell.Config, values, "config")
+    (batch,) = cell.evaluation_sets(config, "test")["12"]
+    with jax.default_matmul_precision("highest"):
+        logits, _ = nnx.jit(lambda model, tokens: model(tokens))(load_model(finished), batch.tokens)
+    summary = json.loads((finished / "summary.json").read_text())
+    assert accuracy(logits, batch) == pytest.approx(summary["test"]["12"]["accuracy"])

@@ -1,6 +1,6 @@
 """Flax NNX layers."""
 
-from mamba3_jax.layers.attention import Attention, AttentionConfig, AttentionState
+from mamba3_jax.layers.attention import Attention, AttentionBuffer, AttentionConfig, AttentionState
 from mamba3_jax.layers.gated_deltanet import GatedDeltaNet, GatedDeltaNetConfig, GatedDeltaNetState
 from mamba3_jax.layers.mamba2 import Mamba2, Mamba2Config
 from mamba3_jax.layers.mamba3 import Mamba3, Mamba3Config, MixerState
@@ -12,6 +12,7 @@ from mamba3_jax.layers.parameters import Undecayed
 __all__ = [
     "AnyMixerState",
     "Attention",
+    "AttentionBuffer",
     "AttentionConfig",
     "AttentionState",
     "GatedDeltaNet",

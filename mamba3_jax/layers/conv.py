@@ -15,13 +15,14 @@ def check_tail(tail: Array | None, conv_width: int) -> None:
 
 
 class CausalConv(nnx.Module):
-    """y_t = silu(bias + sum_w weight_w x_{t-w}), per channel, within one document.
+    """y_t = silu(bias + sum_w weight_w x_{t-w}), per channel, within one document; `silu=False` leaves the silu out.
 
     `tail` is what passes between calls: the last width - 1 inputs, in order.
     """
 
-    def __init__(self, channels: int, width: int, *, rngs: nnx.Rngs):
+    def __init__(self, channels: int, width: int, *, rngs: nnx.Rngs, silu: bool = True):
         bound = width**-0.5
+        self.silu = silu
         self.weight = nnx.Param(jax.random.uniform(rngs.params(), (width, channels), minval=-bound, maxval=bound))
         self.bias = Undecayed(jnp.zeros(channels))
 
@@ -41,7 +42,7 @@ class CausalConv(nnx.Module):
                 same = ids[:, past - back : past - back + t] == segment_ids
                 term = jnp.where(same[..., None], term, 0)
             y = y + weight[back][None, None] * term
-        return jax.nn.silu(y), self._next_tail(padded, None if segment_ids is None else ids)
+        return jax.nn.silu(y) if self.silu else y, self._next_tail(padded, None if segment_ids is None else ids)
 
     def empty_tail(self, b: int) -> Float[Array, "b w d"]:
         """The tail before the first token."""

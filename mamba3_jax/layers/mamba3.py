@@ -1,15 +1,16 @@
 """The Mamba-3 mixer, SISO and MIMO: sections 3.1 to 3.4 of arXiv:2603.15569.
 
-    [z, x, B, C, dt, A, trap, angle] = in_proj(u)
-    dt     = softplus(dt + dt_bias)
-    A      = -max(act(A), A_floor)          act: softplus or heavy_tail
-    lambda = sigmoid(trap)                  or fixed: 1/2, or 1 for exponential-Euler
-    omega  = pi tanh(angle)
-    B, C   = RMSNorm(B), RMSNorm(C)         their biases are added inside the operator, before the rotation
-    u'     = out_proj(ssm(x, B, C, dt, A, lambda, omega, ...))
+[z, x, B, C, dt, A, trap, angle] = in_proj(u)
+dt     = softplus(dt + dt_bias)
+A      = -max(act(A), A_floor)          act: softplus or heavy_tail
+lambda = sigmoid(trap)                  or fixed: 1/2, or 1 for exponential-Euler
+omega  = pi tanh(angle)
+B, C   = RMSNorm(B), RMSNorm(C)         their biases are added inside the operator, before the rotation
+u'     = out_proj(ssm(x, B, C, dt, A, lambda, omega, ...))
 """
 
 import dataclasses
+import functools
 import math
 from typing import Literal, NamedTuple, get_args
 
@@ -33,6 +34,7 @@ from mamba3_jax.ops import (
     output,
     rope_frequencies,
     ssm,
+    ssm_step,
 )
 
 AActivation = Literal["softplus", "heavy_tail"]
@@ -204,13 +206,26 @@ class Mamba3(nnx.Module):
         segment_ids: Int[Array, "b t"] | None = None,
     ) -> tuple[Float[Array, "b t d"], MixerState]:
         """Mixes whole sequences; `state` continues them, `segment_ids` keeps packed documents apart (see `ops.ssm`)."""
-        cfg = self.config
         b, t, _ = check_rank("u", u, "b t d")
-        check_array("u", u, "b t d", dict(b=b, t=t, d=cfg.d_model))
+        check_array("u", u, "b t d", dict(b=b, t=t, d=self.config.d_model))
+        operator = functools.partial(ssm, segment_ids=segment_ids, chunk_size=self.config.chunk_size)
+        past = dict(initial_state=None if state is None else state.ssm)
+        return self._mix(u, self._project(u), state, operator, past, segment_ids)
+
+    def step(self, u: Float[Array, "b d"], state: MixerState) -> tuple[Float[Array, "b d"], MixerState]:
+        """One decode step."""
+        (b, _) = check_rank("u", u, "b d")
+        check_array("u", u, "b d", dict(b=b, d=self.config.d_model))
+        u = u[:, None]
+        y, state = self._mix(u, self._project_token(u), state, _step_with_time, dict(state=state.ssm))
+        return y[:, 0], state
+
+    def _mix(self, u, parts, state, operator, past, segment_ids=None):
+        """From the parts of in_proj to the mixer's output and its next state."""
+        cfg = self.config
+        tail = None
         if state is not None:
             check_tail(state.conv, cfg.conv_width)
-        parts = self._project(u)
-        tail = None
         if cfg.conv_width:
             tail = self.conv.empty_tail(u.shape[0]) if state is None else state.conv
             tail = self._convolve(parts, tail, segment_ids)
@@ -222,26 +237,19 @@ class Mamba3(nnx.Module):
         fused = cfg.output_norm == "none"
         if not fused:
             mimo_z, mimo_o = mimo.pop("mimo_z", None), mimo.pop("mimo_o", None)
-        y, ssm_state = ssm(
+        y, ssm_state = operator(
             **inputs,
             **mimo,
+            **past,
             D=self.D[...],
             z=z if fused else None,
             rotation=cfg.rotation,
-            initial_state=None if state is None else state.ssm,
-            segment_ids=segment_ids,
             implementation=cfg.implementation,
-            chunk_size=cfg.chunk_size,
         )
         if not fused:
             y = self._norm_and_gate(y, z, mimo_z, mimo_o)
         y = y.reshape(*u.shape[:2], cfg.d_inner).astype(u.dtype)
         return self.out_proj(y), MixerState(ssm_state, tail)
-
-    def step(self, u: Float[Array, "b d"], state: MixerState) -> tuple[Float[Array, "b d"], MixerState]:
-        """One decode step."""
-        y, state = self(u[:, None], state)
-        return y[:, 0], state
 
     def empty_state(self, b: int) -> MixerState:
         """The state before the first token of `b` sequences."""
@@ -249,13 +257,10 @@ class Mamba3(nnx.Module):
         empty = SSMState.zeros(b, cfg.nheads, cfg.head_dim, cfg.d_state, cfg.rank, cfg.rotated_pairs)
         return MixerState(empty, self.conv.empty_tail(b) if cfg.conv_width else None)
 
-    def angular_velocity(self, u: Float[Array, "b t d"]) -> Float[Array, "b t s"]:
-        """omega in radians per unit of time, from the mixer's input."""
-        return angular_velocity(self._project(u)["angle"].astype(self._wide(u)), self.config.angle_bound)
-
-    def step_size(self, u: Float[Array, "b t d"]) -> Float[Array, "b t h"]:
-        """dt of each head, from the mixer's input."""
-        return self._step_size(self._project(u)["dt"])
+    def dynamics(self, u: Float[Array, "b t d"]) -> dict[str, Array | float | None]:
+        """dt, A, lam and omega as `ops.ssm` takes them, from the mixer's input."""
+        inputs = self._operator_inputs(self._project(u))
+        return {name: inputs[name] for name in ("dt", "A", "lam", "omega")}
 
     def _project(self, u):
         """in_proj(u) in its parts. The kernel is cut, not the product: z and x come out contiguous, without a copy."""
@@ -268,6 +273,14 @@ class Mamba3(nnx.Module):
         # The small parts keep the product's float32: dt and the angles are summed over the whole sequence.
         rest = jnp.matmul(u, rest, preferred_element_type=self._wide(u))
         return dict(z=u @ z, x=u @ x) | dict(zip(names, jnp.split(rest, ends, axis=-1)))
+
+    def _project_token(self, u):
+        """The same of one token, where the kernel is the larger array: the product is cut."""
+        u = u.astype(self.dtype)
+        product = jnp.matmul(u, self.in_proj.kernel[...].astype(self.dtype), preferred_element_type=self._wide(u))
+        sizes = self.config.projection_sizes
+        parts = dict(zip(sizes, jnp.split(product, np.cumsum(list(sizes.values()))[:-1], axis=-1)))
+        return parts | {name: parts[name].astype(u.dtype) for name in ("z", "x")}
 
     def _convolve(self, parts, tail, segment_ids):
         names = ("x", "B", "C")
@@ -327,6 +340,19 @@ class Mamba3(nnx.Module):
     @staticmethod
     def _wide(u: Array) -> jnp.dtype:
         return jnp.promote_types(u.dtype, jnp.float32)
+
+
+def _step_with_time(*, x, B, C, dt, A, lam, omega, z, **weights):
+    """`ssm_step` on arrays with a time axis of one token, as the layer makes them."""
+    per_token = omega is not None and omega.ndim > 1
+    y, state = ssm_step(
+        **{name: a[:, 0] for name, a in dict(x=x, B=B, C=C, dt=dt, A=A).items()},
+        lam=lam if isinstance(lam, float) else lam[:, 0],
+        omega=omega[:, 0] if per_token else omega,
+        z=None if z is None else z[:, 0],
+        **weights,
+    )
+    return y[:, None], state
 
 
 def _decay_rate(raw: Float[Array, "b t h"], activation: AActivation) -> Float[Array, "b t h"]:

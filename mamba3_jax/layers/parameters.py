@@ -15,15 +15,24 @@ class Undecayed(nnx.Param):
 
 
 def linear(
-    d_in: int, d_out: int, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32, residual_branches: int = 1
+    d_in: int,
+    d_out: int,
+    *,
+    rngs: nnx.Rngs,
+    dtype: DTypeLike = jnp.float32,
+    residual_branches: int = 1,
+    use_bias: bool = False,
 ) -> nnx.Linear:
-    """A projection without bias, drawn from U(-1/sqrt(d_in), 1/sqrt(d_in)).
+    """A projection drawn from U(-1/sqrt(d_in), 1/sqrt(d_in)); its bias, if it has one, starts at 0.
 
     Projections that write into the residual stream are scaled by 1/sqrt(residual_branches), so that the stream's
     variance does not grow with depth.
     """
     bound = nnx.initializers.variance_scaling(1 / 3 / residual_branches, "fan_in", "uniform")
-    return nnx.Linear(d_in, d_out, use_bias=False, kernel_init=bound, dtype=dtype, rngs=rngs)
+    projection = nnx.Linear(d_in, d_out, use_bias=use_bias, kernel_init=bound, dtype=dtype, rngs=rngs)
+    if use_bias:
+        projection.bias = Undecayed(projection.bias[...])
+    return projection
 
 
 def inverse_softplus(y: Float[Array, "*shape"]) -> Float[Array, "*shape"]:

@@ -1,0 +1,103 @@
+"""A generation state in a file: a conversation goes on without its tokens, in another process or on another machine.
+
+The file is numpy's npz without pickles: `header`, a JSON text that names the model, and the state's arrays. bfloat16,
+which numpy's format does not have, is stored as its bits. Only the model that made a state can continue it, so the
+header holds its configuration and a checksum over all of its parameters.
+"""
+
+import hashlib
+import json
+import zipfile
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, UInt
+
+from mamba3_jax.inference.generate import GenerationState
+from mamba3_jax.models import LM
+
+FORMAT = "mamba3 generation state, version 1"
+
+
+def save_state(path: Path, model: LM, state: GenerationState) -> None:
+    """Writes the file, whole or not at all.
+
+    Args:
+        path: of the file; an existing one is replaced.
+        model: whose state it is.
+        state: what a generation returned.
+
+    Raises:
+        ValueError: the file cannot be written.
+    """
+    leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(state.cache)]
+    header = dict(format=FORMAT, model=fingerprint(model), seed=state.seed, dtypes=[str(a.dtype) for a in leaves])
+    arrays = dict(
+        header=np.array(json.dumps(header)),
+        pending=np.asarray(state.pending),
+        position=np.asarray(state.position),
+        seen=np.packbits(np.asarray(state.seen), axis=1),
+    )
+    arrays |= {f"cache_{i}": a.view(np.uint16) if a.dtype == jnp.bfloat16 else a for i, a in enumerate(leaves)}
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with temporary.open("wb") as file:
+            np.savez(file, **arrays)
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise ValueError(f"state: got {path} ({error.strerror}); allowed: a file that can be written") from None
+
+
+def load_state(path: Path, model: LM) -> GenerationState:
+    """Reads a file that `save_state` wrote.
+
+    Raises:
+        ValueError: one line that names the file, which is not there, truncated, changed, something else, or of another
+            model.
+    """
+    try:
+        # Opened here, because numpy leaves a file open that turns out to be broken.
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as members:
+            arrays = dict(members)
+        header = json.loads(str(arrays["header"]))
+        if header["format"] != FORMAT:
+            raise ValueError(f"of format {header['format']!r}")
+        here = fingerprint(model)
+        if header["model"] != here:
+            other = "config" if header["model"]["config"] != here["config"] else "parameters"
+            raise ValueError(f"of a model with another {other}")
+        leaves = [arrays[f"cache_{i}"].view(jnp.dtype(dtype)) for i, dtype in enumerate(header["dtypes"])]
+        structure = jax.tree.structure(model.empty_cache(1, capacity=0))
+        return GenerationState(
+            cache=jax.tree.unflatten(structure, [jnp.asarray(leaf) for leaf in leaves]),
+            pending=jnp.asarray(arrays["pending"]),
+            seen=jnp.asarray(np.unpackbits(arrays["seen"], axis=1, count=model.config.vocab_size).astype(bool)),
+            position=jnp.asarray(arrays["position"]),
+            seed=header["seed"],
+        )
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"state: got {path} ({reason}); allowed: a saved state of this model, whole") from None
+
+
+def fingerprint(model: LM) -> dict[str, str]:
+    """The configuration, and a checksum of the parameters' names, shapes, dtypes and bits.
+
+    The same on every device: the parts are sums of integers, whose order does not matter. One pass over the parameters.
+    """
+    parameters = jax.tree.leaves_with_path(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+    described = [(jax.tree_util.keystr(path), str(a.dtype), a.shape) for path, a in parameters]
+    sums = jax.device_get([_checksum(a) for _, a in parameters])
+    digest = hashlib.sha256(repr([described, [int(s) for s in sums]]).encode())
+    return dict(config=repr(model.config), parameters=digest.hexdigest())
+
+
+@jax.jit
+def _checksum(a: Array) -> UInt[Array, ""]:
+    """The sum, modulo 2^32, of the entries' bits, each times an odd number of its own; any one change changes it."""
+    bits = jax.lax.bitcast_convert_type(a, {2: jnp.uint16, 4: jnp.uint32}[a.dtype.itemsize]).ravel()
+    return jnp.sum(bits.astype(jnp.uint32) * (2 * jnp.arange(a.size, dtype=jnp.uint32) + 1), dtype=jnp.uint32)

@@ -1,0 +1,316 @@
+"""The adapter to the harness: log-likelihoods against a full softmax, generation, order, batches; tasks offline."""
+
+import json
+import math
+import os
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from scipy.special import log_softmax
+
+# Read by the libraries as they are imported: no test asks the network for a data set.
+os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+lm_eval = pytest.importorskip("lm_eval", reason="the extra eval is not installed")
+
+from lm_eval.api.instance import Instance  # noqa: E402
+from lm_eval.tasks import TaskManager  # noqa: E402
+
+from mamba3_jax import cli  # noqa: E402
+from mamba3_jax.data import ByteTokenizer  # noqa: E402
+from mamba3_jax.inference import Sampling, generate, harness, scores  # noqa: E402
+from mamba3_jax.inference.harness import Mamba3LM, check_tasks, evaluate  # noqa: E402
+from mamba3_jax.layers import Mamba3Config  # noqa: E402
+from mamba3_jax.models import LM, LMConfig  # noqa: E402
+from mamba3_jax.models.checkpoint import save_model  # noqa: E402
+from test_layers import randomised  # noqa: E402
+
+# float32 sums over 70 tokens of two layers, against float64 of the same logits in another batch.
+TOLERANCE = 2e-4
+CONFIG = LMConfig(Mamba3Config(d_model=32, d_state=16, head_dim=16), n_layers=2, vocab_size=256)
+LONGEST = 70
+NEWLINE = 10
+
+
+@pytest.fixture(scope="module")
+def model() -> LM:
+    return randomised(lambda: LM(CONFIG, rngs=nnx.Rngs(0)))[0]
+
+
+@pytest.fixture(scope="module")
+def log_p(model):
+    """(context, continuation) in bytes -> its log-likelihood and whether it is greedy, from all logits in float64."""
+    graph, parameters = nnx.split(model)
+    run = jax.jit(lambda parameters, tokens: nnx.merge(graph, parameters)(tokens)[0])
+
+    def measure(context: bytes, continuation: bytes) -> tuple[float, bool]:
+        tokens = list(context + continuation)
+        logits = np.float64(run(parameters, np.pad(tokens, (0, 400 - len(tokens)))[None].astype(np.int32))[0])
+        rows = logits[len(context) - 1 : len(tokens) - 1]
+        chosen = np.arange(len(continuation)), list(continuation)
+        return float(log_softmax(rows, axis=1)[chosen].sum()), bool((rows.argmax(1) == list(continuation)).all())
+
+    return measure
+
+
+def ask(kind: str, *arguments: tuple) -> list[Instance]:
+    return [Instance(request_type=kind, doc={}, arguments=args, idx=i) for i, args in enumerate(arguments)]
+
+
+PAIRS = [
+    ("The sky is", " blue"),
+    ("", "Once"),
+    ("Two and two are ", "four, and three and three are six, as everybody knows."),
+    ("é", "à"),
+    ("x" * 300, " the end"),
+    ("a", "long continuation, longer than what is read of a context: " + "so " * 20),
+    ("A question of the usual length?", " yes"),
+    ("A question of the usual length?", " no"),
+]
+
+
+def assert_same(found: list, expected: list) -> None:
+    np.testing.assert_allclose([value for value, _ in found], [value for value, _ in expected], atol=TOLERANCE)
+    assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
+
+
+@pytest.fixture(scope="module")
+def expected(log_p, model) -> list[tuple[float, bool]]:
+    """Of PAIRS: an empty context is a line break, a space goes to the continuation, long contexts lose their start."""
+    read = []
+    for context, continuation in PAIRS:
+        moved = context[len(context.rstrip()) :]
+        context, continuation = (context.rstrip() or "\n").encode(), (moved + continuation).encode()
+        room = max(LONGEST, len(continuation)) + 1 - len(continuation)
+        read.append(log_p(context[-room:], continuation))
+    return read
+
+
+def test_log_likelihoods_are_those_of_a_full_softmax(model, expected, log_p):
+    found = Mamba3LM(model, ByteTokenizer(), max_length=LONGEST).loglikelihood(ask("loglikelihood", *PAIRS))
+    assert_same(found, expected)
+    # What the model would write itself is greedy, and one byte of it is enough to tell.
+    prompt = list(b"The sky is")
+    (written,) = generate(model, [prompt], max_new_tokens=5, sampling=Sampling(temperature=0.0)).tokens
+    tokens = [(None, prompt, written), (None, prompt, written[:4] + [(written[4] + 1) % 256])]
+    (_, yes), (_, no) = Mamba3LM(model, ByteTokenizer())._loglikelihood_tokens(tokens)
+    assert yes and not no
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_a_log_likelihood_depends_neither_on_the_batch_nor_on_the_order(model, expected, batch_size):
+    order = np.random.default_rng(batch_size).permutation(len(PAIRS))
+    adapter = Mamba3LM(model, ByteTokenizer(), max_length=LONGEST, batch_size=batch_size)
+    found = adapter.loglikelihood(ask("loglikelihood", *[PAIRS[i] for i in order]))
+    assert_same(found, [expected[i] for i in order])
+
+
+def test_few_lengths_compile(model):
+    scores.score.clear_cache()
+    pairs = [("x" * n, " y") for n in range(1, 120)]
+    Mamba3LM(model, ByteTokenizer(), batch_size=16).loglikelihood(ask("loglikelihood", *pairs))
+    # 32, 64 and 128 tokens.
+    assert scores.score._cache_size() == 3
+
+
+def test_a_rolling_log_likelihood_scores_every_token_once(model, log_p):
+    text = "The quick brown fox jumps over the lazy dog, and the dog does not mind at all."
+    adapter = Mamba3LM(model, ByteTokenizer(), max_length=30, batch_size=2)
+    short, empty, long = adapter.loglikelihood_rolling(ask("loglikelihood_rolling", (text[:9],), ("",), (text,)))
+    assert empty == 0 and short == pytest.approx(log_p(b"\n", text[:9].encode())[0], abs=TOLERANCE)
+    # Windows of 30: the last is full as well, and scores only what the others have not.
+    raw = text.encode()
+    parts = [(b"\n", raw[:30]), (raw[29:30], raw[30:60]), (raw[len(raw) - 31 : 60], raw[60:])]
+    assert long == pytest.approx(sum(log_p(*part)[0] for part in parts), abs=TOLERANCE)
+
+
+def written_by(model: LM, contexts: list[str], count: int) -> list[str]:
+    """What greedy decoding writes after the contexts."""
+    prompts = [ByteTokenizer().encode(context[-LONGEST:]) or [NEWLINE] for context in contexts]
+    rows = generate(model, prompts, max_new_tokens=count, sampling=Sampling(temperature=0.0)).tokens
+    return [ByteTokenizer().decode(tokens) for tokens in rows]
+
+
+def test_generation_stops_at_the_first_of_its_strings_and_keeps_the_order(model):
+    contexts = ["The sky is", "", "Two and two are four, and then", "Ice", "x" * 300]
+    full = written_by(model, contexts, 40)
+    # Strings that the first two texts hold, so that they end there, wherever the others end.
+    until = [full[0][5:7], full[1][11:13]]
+    options = [dict(until=until, max_gen_toks=40), dict(until=[], max_gen_toks=12)]
+    requests = [(context, options[i % 2]) for i, context in enumerate(contexts)]
+    adapter = Mamba3LM(model, ByteTokenizer(), max_length=LONGEST, batch_size=2)
+    found = adapter.generate_until(ask("generate_until", *requests))
+    for i, (text, whole) in enumerate(zip(found, full)):
+        ends = [whole.find(mark) for mark in until if mark in whole]
+        assert text == (whole[:12] if i % 2 else whole[: min(ends, default=len(whole))])
+    assert len(found[0]) <= 5 < len(full[0])
+
+
+def test_sampling_is_what_the_task_asks_for_and_repeats(model):
+    adapter = Mamba3LM(model, ByteTokenizer())
+    options = dict(until=["\0"], max_gen_toks=16, do_sample=True, temperature=1.5, top_p=0.9)
+    first, second = (adapter.generate_until(ask("generate_until", *[("Ice is", options)] * 3)) for _ in range(2))
+    assert first == second and len(set(first)) == 3
+    # Without do_sample a temperature says nothing, as everywhere in the harness.
+    greedy = adapter.generate_until(ask("generate_until", ("Ice is", options | dict(do_sample=False))))
+    assert greedy == [written_by(model, ["Ice is"], 16)[0].split("\0")[0]]
+    with pytest.raises(ValueError, match=r"generation_kwargs: got \['num_beams'\]; allowed: \['min_p', 'repe"):
+        adapter.generate_until(ask("generate_until", ("a", dict(until=["b"], num_beams=4))))
+
+
+class Words:
+    """A tokenizer whose tokens do not end where contexts do, and which has marks of a beginning and an end."""
+
+    vocab_size = 200
+    pieces = ("<|begin_of_text|>", "<|end_of_text|>", "new", "er", "newer", " ", "w")
+
+    def encode(self, text: str) -> list[int]:
+        ids = []
+        while text:
+            piece = max((piece for piece in self.pieces if text.startswith(piece)), key=len)
+            ids.append(self.pieces.index(piece))
+            text = text[len(piece) :]
+        return ids
+
+    def decode(self, ids) -> str:
+        return "".join(self.pieces[i] if i < len(self.pieces) else "?" for i in ids)
+
+
+def test_contexts_and_continuations_are_encoded_together_and_marks_are_found(model):
+    adapter, asked = Mamba3LM(model, Words()), []
+    assert (adapter.prefix_token_id, adapter.eot_token_id) == (0, 1)
+    adapter._loglikelihood_tokens = lambda requests, **_: asked.extend(requests)
+    adapter.loglikelihood(ask("loglikelihood", ("new", " er"), ("new ", "er"), ("new", "er"), ("", "newer")))
+    # Of "new" + "er" the joint encoding has one token, and what is left after the context's one is nothing.
+    assert [tokens for _, *tokens in asked] == [[[2], [5, 3]], [[2], [5, 3]], [[2], []], [[0], [4]]]
+    assert Mamba3LM(model, Words())._loglikelihood_tokens(asked[2:3]) == [(0.0, True)]
+
+
+def test_bad_arguments_are_named(model):
+    for options, message in (
+        (dict(max_length=0), "max_length: got 0; allowed: a positive integer"),
+        (dict(batch_size=0), "batch_size: got 0; allowed: a positive integer"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Mamba3LM(model, ByteTokenizer(), **options)
+    small = LM(LMConfig(CONFIG.mixer, n_layers=1, vocab_size=100), rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="tokenizer: got 256 ids; allowed: at most the model's 100"):
+        Mamba3LM(small, ByteTokenizer())
+
+
+DOCUMENTS = [
+    dict(question="The sky is", choices=["blue", "made of stone"], answer=0),
+    dict(question="Two and two are", choices=["five", "four", "a number that nobody has seen"], answer=1),
+    dict(question="Ice is", choices=["hot", "cold"], answer=1),
+]
+TASK = """
+task: {name}
+dataset_path: json
+dataset_kwargs:
+  data_files: {{test: {data}}}
+  cache_dir: {cache}
+test_split: test
+"""
+CHOICE = """
+output_type: multiple_choice
+doc_to_text: "{{question}}"
+doc_to_choice: "{{choices}}"
+doc_to_target: answer
+metric_list:
+  - {metric: acc, aggregation: mean, higher_is_better: true}
+"""
+PERPLEXITY = """
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{question}}"
+metric_list:
+  - {metric: bits_per_byte, aggregation: bits_per_byte, higher_is_better: false}
+"""
+COPY = """
+output_type: generate_until
+doc_to_text: "{{question}}"
+doc_to_target: "{{choices[answer]}}"
+generation_kwargs: {until: ["\\n"], max_gen_toks: 4}
+metric_list:
+  - {metric: exact_match, aggregation: mean, higher_is_better: true}
+"""
+
+
+@pytest.fixture
+def tasks(tmp_path):
+    """A folder with three tasks of the harness, one of each kind of request, and their data."""
+    data = tmp_path / "documents.json"
+    data.write_text("\n".join(map(json.dumps, DOCUMENTS)))
+    for name, text in dict(tiny_choice=CHOICE, tiny_perplexity=PERPLEXITY, tiny_copy=COPY).items():
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(TASK.format(name=name, data=data, cache=tmp_path / "cache") + text)
+    return tmp_path
+
+
+def accuracy(log_p) -> float:
+    """The harness puts a space before a choice."""
+    right = 0
+    for document in DOCUMENTS:
+        values = [log_p(document["question"].encode(), f" {choice}".encode())[0] for choice in document["choices"]]
+        right += int(np.argmax(values)) == document["answer"]
+    return right / len(DOCUMENTS)
+
+
+def bits_per_byte(log_p) -> float:
+    questions = [document["question"].encode() for document in DOCUMENTS]
+    return -sum(log_p(b"\n", q)[0] for q in questions) / sum(map(len, questions)) / math.log(2)
+
+
+def test_the_harness_runs_its_tasks_on_the_model(model, tasks, log_p):
+    manager = TaskManager(include_path=tasks, include_defaults=False)
+    names = ["tiny_choice", "tiny_perplexity", "tiny_copy"]
+    check_tasks(names, manager)
+    results, tables = evaluate(Mamba3LM(model, ByteTokenizer()), names, manager, bootstrap_iters=0)
+    assert results["tasks"]["tiny_choice"]["acc,none"] == pytest.approx(accuracy(log_p))
+    assert results["tasks"]["tiny_perplexity"]["bits_per_byte,none"] == pytest.approx(bits_per_byte(log_p), abs=1e-4)
+    assert results["examples"] == dict.fromkeys(names, 3) and json.loads(json.dumps(results)) == results
+    assert all(name in tables[0] for name in names)
+    limited, _ = evaluate(Mamba3LM(model, ByteTokenizer()), names[:1], manager, limit=2, bootstrap_iters=0)
+    assert limited["examples"] == {"tiny_choice": 2}
+
+
+def test_the_harness_makes_the_model_from_its_name(model, tmp_path):
+    save_model(tmp_path / "m", CONFIG, nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+    made = lm_eval.api.registry.get_model("mamba3").create_from_arg_string(
+        f"pretrained={tmp_path / 'm'},max_length=99", dict(batch_size=2, max_batch_size=None, device="cpu")
+    )
+    assert isinstance(made, Mamba3LM) and (made.max_length, made.batch_size) == (99, 2)
+    pairs = ask("loglikelihood", *PAIRS[:2])
+    assert_same(made.loglikelihood(pairs), Mamba3LM(model, ByteTokenizer(), max_length=99).loglikelihood(pairs))
+
+
+@pytest.fixture
+def without_the_harness_own_tasks(monkeypatch):
+    """Its index of 14,000 tasks takes a quarter of a minute."""
+    monkeypatch.setattr(harness, "TaskManager", lambda include_path: TaskManager(None, include_path, False))
+
+
+def test_the_command_runs_two_tasks(model, tasks, tmp_path, log_p, capsys, without_the_harness_own_tasks):
+    save_model(tmp_path / "m", CONFIG, nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+    line = ["eval", str(tmp_path / "m"), "--tasks", "tiny_choice, tiny_copy", "--include_path", str(tasks)]
+    assert cli.main([*line, "--results_dir", str(tmp_path / "out")]) == 0
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["tasks"]["tiny_choice"]["acc,none"] == pytest.approx(accuracy(log_p))
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert report in capsys.readouterr().out and "|tiny_copy" in report.replace(" ", "")
+    assert f"    {summary['command']}\n" in report
+
+
+def test_an_unknown_task_lists_near_matches(tasks, tmp_path, capsys, without_the_harness_own_tasks):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["eval", str(tmp_path / "m"), "--tasks", "tiny_choise", "--include_path", str(tasks)])
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and error == "tasks: got 'tiny_choise'; allowed: tiny_choice, tiny_copy\n"
+
+
+def test_data_that_is_not_there_is_one_line(model, tasks):
+    (tasks / "documents.json").unlink()
+    manager = TaskManager(include_path=tasks, include_defaults=False)
+    with pytest.raises(ValueError, match=r"tasks: got tiny_choice \(.*documents.json.*; allowed: data that is there"):
+        evaluate(Mamba3LM(model, ByteTokenizer()), ["tiny_choice"], manager)
