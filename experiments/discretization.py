@@ -12,17 +12,15 @@ import itertools
 import math
 from typing import Any, NamedTuple
 
-import jax
 import matplotlib
 import numpy as np
-from flax import nnx
 
 from experiments import cell, grid, state_tracking
 from experiments.command import Command, parse
 from experiments.grid import GridConfig
 from experiments.report import PAIRS
 from mamba3_jax.checks import check_choice
-from mamba3_jax.models import LM, count_parameters
+from mamba3_jax.models import abstract_model, count_parameters
 from mamba3_jax.tasks import RETRIEVAL_TASKS, TASKS
 
 matplotlib.use("Agg")
@@ -381,7 +379,7 @@ COMPARED = tuple(f"`model.{option}`" for option in FACTORIAL[variant()])
 def _recipe(config: cell.Config) -> list[str]:
     """The language model's setting, and the paper's."""
     lm, optimizer = config.sweep().model, config.optimizer
-    size = count_parameters(nnx.eval_shape(lambda: LM(lm, rngs=nnx.Rngs(jax.random.key(0)))))
+    size = count_parameters(abstract_model(lm))
     length = config.curriculum.lengths[-1]
     asked = config.max_steps * config.batch_size * length
     mixer = config.model

@@ -36,7 +36,7 @@ from experiments.command import parse, results_folder
 from mamba3_jax.command import fail
 from mamba3_jax.inference import GenerationState, Sampling, Stream, generate, prefill
 from mamba3_jax.layers import Mamba3Config
-from mamba3_jax.models import LM, PRESETS, LMConfig, preset
+from mamba3_jax.models import LM, PRESETS, LMConfig, abstract_model, preset
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (after the backend is chosen)
@@ -155,7 +155,7 @@ def random_model(name: str) -> LM:
         state = nnx.state(LM(config, rngs=nnx.Rngs(params=jax.random.key(0, impl="rbg"))), nnx.Param)
         return jax.tree.map(lambda a: a.astype(dtype) if a.ndim == 2 and "float32" != config.dtype else a, state)
 
-    return nnx.merge(nnx.graphdef(nnx.eval_shape(lambda: LM(config, rngs=nnx.Rngs(0)))), jax.jit(draw)())
+    return nnx.merge(nnx.graphdef(abstract_model(config)), jax.jit(draw)())
 
 
 def measure(cell: Cell, config: Config) -> dict:
@@ -249,7 +249,7 @@ def main(argv: list[str]) -> int:
         fail(f"measure: got false with no rows in {path}; allowed: true, or a results_dir with rows")
     summary = dict(command=command.line, rows=rows)
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    (folder / "report.md").write_text(render(summary))
+    (folder / "report.md").write_text(render(summary, list(cells(config))))
     plot(rows).savefig(folder / "generation.png", dpi=120)
     print(f"report: {folder / 'report.md'}")
     return 0
@@ -266,10 +266,11 @@ def _figure(row: dict) -> str:
     return f"{row['ms']:.3g} ms per step, {row['ms'] / bound_ms(row):.2f}x its bound"
 
 
-def render(summary: dict) -> str:
-    """The tables."""
-    rows = summary["rows"]
-    first = rows[0]
+def render(summary: dict, wanted: list[Cell]) -> str:
+    """The tables, with every wanted cell, measured or not."""
+    rows = {row["name"]: row for row in summary["rows"]}
+    wanted = list(dict.fromkeys([*wanted, *(Cell(*(row[key] for key in Cell._fields)) for row in summary["rows"])]))
+    first = summary["rows"][0]
     lines = [
         "# Reading and writing text: whole models",
         "",
@@ -277,7 +278,7 @@ def render(summary: dict) -> str:
         "",
         f"Random weights of the published shapes, bfloat16 matrices, on one {first['device']}, jax {first['jax']}; a",
         f"copy moves {first['copy_bytes_per_s'] / 1e9:.0f} GB/s. Greedy, the loop on the device; the host fetches 32",
-        "tokens at once.",
+        f"tokens at once. Hash of {' and '.join(CODE)}: {', '.join(sorted({row['code'] for row in summary['rows']}))}.",
         "",
         "## Decode",
         "",
@@ -285,25 +286,35 @@ def render(summary: dict) -> str:
         "",
         "| model | rows | tokens before | state | ms per step | tokens/s | GB/s | bound, ms | times the bound |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        *(_decode_line(cell, rows.get(cell.name)) for cell in wanted if cell.what == "decode"),
+        "",
+        "## Prefill of one row",
+        "",
+        "Seconds from the prompt on the host until the state is there; the head is left to the first step.",
+        "",
+        "| model | tokens | seconds | tokens/s |",
+        "| --- | --- | --- | --- |",
     ]
-    for row in (row for row in rows if row["what"] == "decode"):
-        moved = row["weight_bytes"] + 2 * row["state_bytes"]
-        lines.append(
-            f"| {row['model']} | {row['b']} | {row['t']} | {row['state_dtype']} | {row['ms']:.3f} | "
-            f"{1e3 * row['b'] / row['ms']:.0f} | {moved / row['ms'] / 1e6:.0f} | {bound_ms(row):.3f} | "
-            f"{row['ms'] / bound_ms(row):.2f} |"
-        )
-    lines += ["", "## Prefill of one row", "", "| model | tokens | seconds | tokens/s |", "| --- | --- | --- | --- |"]
-    lines += [
-        f"| {row['model']} | {row['t']} | {row['s']:.3f} | {row['t'] / row['s']:.0f} |"
-        for row in rows
-        if row["what"] == "prefill" and row["b"] == 1
-    ]
-    lines += _table_7(rows)
+    for cell in wanted:
+        if cell.what == "prefill" and cell.b == 1:
+            s = rows[cell.name]["s"] if cell.name in rows else None
+            lines.append(f"| {cell.model} | {cell.t} | " + (f"{s:.3f} | {cell.t / s:.0f} |" if s else "not run | - |"))
+    lines += _table_7(rows, wanted)
     return "\n".join([*lines, "", "![ms per decode step](generation.png)", ""])
 
 
-def _table_7(rows: list[dict]) -> list[str]:
+def _decode_line(cell: Cell, row: dict | None) -> str:
+    line = f"| {cell.model} | {cell.b} | {cell.t} | {cell.state_dtype} | "
+    if row is None:
+        return line + "not run | - | - | - | - |"
+    moved = row["weight_bytes"] + 2 * row["state_bytes"]
+    return line + (
+        f"{row['ms']:.3f} | {1e3 * row['b'] / row['ms']:.0f} | {moved / row['ms'] / 1e6:.0f} | "
+        f"{bound_ms(row):.3f} | {row['ms'] / bound_ms(row):.2f} |"
+    )
+
+
+def _table_7(rows: dict[str, dict], wanted: list[Cell]) -> list[str]:
     """As the paper's, whose H100 and software are its own."""
     lines = [
         "",
@@ -317,13 +328,14 @@ def _table_7(rows: list[dict]) -> list[str]:
         "| model | rows | tokens t | prefill | prefill + decode |",
         "| --- | --- | --- | --- | --- |",
     ]
-    found = {(row["model"], row["b"], row["t"], row["what"]): row["s"] for row in rows if "s" in row}
-    for model, b, t in dict.fromkeys(key[:3] for key in found if key[1] > 1):
-        kind = "mimo" if "mimo" in model else "siso"
-        paper = PAPER.get((kind, t), ("-", "-")) if model.endswith("1.5b") and b == 128 else ("-", "-")
-        ours = [found.get((model, b, t, what)) for what in ("prefill", "prefill+decode")]
-        cells_ = [f"{'not run' if s is None else format(s, '.2f')} ({p})" for s, p in zip(ours, paper)]
-        lines.append(f"| {model} | {b} | {t} | {cells_[0]} | {cells_[1]} |")
+    for cell in wanted:
+        if cell.what == "prefill+decode":
+            kind = "mimo" if "mimo" in cell.model else "siso"
+            published = cell.model.endswith("1.5b") and cell.b == 128
+            paper = PAPER.get((kind, cell.t), ("-", "-")) if published else ("-", "-")
+            ours = [rows.get(cell._replace(what=what).name) for what in ("prefill", "prefill+decode")]
+            told = [f"{'not run' if row is None else format(row['s'], '.2f')} ({p})" for row, p in zip(ours, paper)]
+            lines.append(f"| {cell.model} | {cell.b} | {cell.t} | {told[0]} | {told[1]} |")
     return lines
 
 

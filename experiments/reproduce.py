@@ -97,6 +97,10 @@ RESULTS_BY_NAME: dict[str, Result] = {
         "reading and writing text with the 1.5B models: decode against the bytes it moves, prefill, table 7",
         "generation_latency", (), "generation_latency", "not for CPUs", "10 min", ("--smoke",),
     ),
+    "conversion": Result(
+        "time and memory of converting a released 1.5B checkpoint, there and back",
+        "conversion", (), "conversion", "6 min", "6 min", ("--smoke", "--forms=[torch]"),
+    ),
     "sweep_throughput": Result(
         "training many runs at once against a loop of single runs",
         "sweep_throughput", (), "sweep_throughput", "10 min", "3 min",

@@ -17,7 +17,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from mamba3_jax.models import LM, LMConfig
+from mamba3_jax.models import LM, LMConfig, abstract_model
 from mamba3_jax.tasks import Batch, Task, accuracy
 from mamba3_jax.training.optimizer import OptimizerConfig, direction, learning_rate
 
@@ -187,7 +187,7 @@ class Sweep:
 @functools.lru_cache(maxsize=8)
 def _abstract(model: LMConfig) -> tuple[nnx.GraphDef, nnx.State]:
     """A model's structure and the shapes of its parameters; cached, because a trace asks often and tracing is slow."""
-    return nnx.split(nnx.eval_shape(lambda: LM(model, rngs=nnx.Rngs(0))), nnx.Param)
+    return nnx.split(abstract_model(model), nnx.Param)
 
 
 # As many as a curriculum has sizes; those of the sweep before it are let go.

@@ -1,5 +1,7 @@
 """The `mamba3` command.
 
+    mamba3 prepare-data SOURCE... --destination DIR               text to token shards
+    mamba3 train --config FILE --run_dir DIR                      a language model; the same command resumes it
     mamba3 convert SOURCE DESTINATION                             a released checkpoint to a model directory, or back
     mamba3 generate MODEL --prompt TEXT [--option value ...]      text from a model, as it arrives
     mamba3 eval MODEL --perplexity FILE | --tasks NAME,...        perplexity, context lengths, lm-evaluation-harness
@@ -20,7 +22,11 @@ from pathlib import Path
 from mamba3_jax.command import fail
 
 ROOT = Path(__file__).resolve().parent.parent
+# What a shell expects of a command that Ctrl-C ended.
+INTERRUPTED = 130
 COMMANDS = {
+    "prepare-data": "mamba3_jax.data.prepare",
+    "train": "mamba3_jax.training.train_command",
     "convert": "mamba3_jax.convert.command",
     "generate": "mamba3_jax.inference.generate_command",
     "eval": "mamba3_jax.inference.eval_command",
@@ -42,6 +48,9 @@ def main(argv: list[str] | None = None) -> int:
             return _experiment(rest)
         if command == "reproduce":
             return _reproduce(rest)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
     except BrokenPipeError:
         # Whoever read the output, `head` say, has seen enough.
         sys.stderr.close()

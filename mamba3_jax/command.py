@@ -23,7 +23,9 @@ def parse[Config](name: str, config_class: type[Config], argv: list[str], *, pos
     parser = option_parser(f"mamba3 {name}", config_class)
     parser.add_argument("--config", action="config", help="YAML file with any of the options below")
     try:
-        return instantiate(parser, parser.parse_args(argv), config_class)
+        parsed = parser.parse_args(argv)
+        _keep_texts(parsed, argv, config_class)
+        return instantiate(parser, parsed, config_class)
     except (jsonargparse.ArgumentError, ValueError, TypeError) as error:
         fail(one_line(error, config_class))
 
@@ -41,6 +43,19 @@ def instantiate[Config](
     """The configuration that was parsed."""
     values = parser.instantiate(parsed)
     return config_class(**{field.name: values[field.name] for field in dataclasses.fields(config_class)})
+
+
+def _keep_texts(parsed: jsonargparse.Namespace, argv: list[str], config_class: type) -> None:
+    """Puts texts as they were typed: the parser reads them as YAML, in which "# a", "~" and "null" are nothing."""
+    for field in dataclasses.fields(config_class):
+        if field.type not in (str, str | None):
+            continue
+        option = f"--{field.name}"
+        for word, following in zip(argv, [*argv[1:], None]):
+            if word == option:
+                parsed[field.name] = following
+            elif word.startswith(f"{option}="):
+                parsed[field.name] = word.removeprefix(f"{option}=")
 
 
 def one_line(error: Exception, config_class: type) -> str:

@@ -12,10 +12,10 @@ from flax.traverse_util import unflatten_dict
 
 from mamba3_jax.convert import read_released
 from mamba3_jax.convert.files import Stored
-from mamba3_jax.convert.released import MIXER, abstract_model, from_official, model_places, parameters_of, to_official
+from mamba3_jax.convert.released import MIXER, from_official, model_places, parameters_of, to_official
 from mamba3_jax.convert.released_config import config_from_released
 from mamba3_jax.layers import Mamba3
-from mamba3_jax.models import LM
+from mamba3_jax.models import LM, abstract_model
 
 
 def load_mixer(arrays: dict[str, np.ndarray], meta: dict, dtype) -> Mamba3:

@@ -23,6 +23,7 @@ from mamba3_jax.layers import (
     Mamba2,
     Mamba2Config,
     MixerConfig,
+    attention,
     build_mixer,
 )
 from mamba3_jax.models import LM, LMConfig, count_parameters
@@ -369,6 +370,26 @@ def test_gradients_are_the_plain_loops_slopes(case):
         moved = [values | {path: values[path] + sign * step * direction} for sign in (1, -1)]
         up, down = (np.sum(weight[0] * case.plain(w, w["u"])[0]) for w in moved)
         np.testing.assert_allclose(np.sum(direction * grad), (up - down) / (2 * step), rtol=1e-5, err_msg=str(path))
+
+
+@pytest.mark.parametrize("at_once", [1, 5])
+def test_attention_in_blocks_of_tokens_is_attention(at_once, monkeypatch):
+    """Where all scores at once would not fit: packed documents, values and gradients."""
+    config = OPTIONS["attention, grouped, base 100"]
+    with jax.enable_x64(True):
+        mixer = build_mixer(config, rngs=nnx.Rngs(0), dtype=jnp.dtype(jnp.float64))
+        u = jnp.asarray(tokens(T, d=config.d_model))
+        ids = jnp.asarray([np.repeat([0, 1], row) for row in ([5, 7], [1, 11])], jnp.int32)
+
+        def run(u):
+            y, _ = mixer(u, segment_ids=ids)
+            return jnp.sum(y * jnp.cos(jnp.arange(y.size).reshape(y.shape))), y
+
+        whole = jax.grad(run, has_aux=True)(u)
+        monkeypatch.setattr(attention, "SCORES", at_once * 2 * config.n_heads * T)
+        blocks = jax.grad(run, has_aux=True)(u)
+    for got, expected in zip(blocks, whole):
+        assert_close(got, expected, 1e-6)
 
 
 @pytest.mark.parametrize("option", [name for name in OPTIONS if name.startswith("attention")])

@@ -2,6 +2,8 @@
 
 import dataclasses
 import shutil
+import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -66,7 +68,7 @@ def test_a_loaded_model_is_the_saved_one_bit_for_bit(saved):
         jax.tree.map(np.testing.assert_array_equal, loaded, parameters)
         assert jax.tree.map(lambda a: a.dtype, loaded) == jax.tree.map(lambda a: a.dtype, parameters)
         shutil.copytree(path, path.parent / "run" / "model", dirs_exist_ok=True)
-    assert sorted(p.name for p in path.iterdir()) == ["model.yaml", "parameters"]
+    assert sorted(p.name for p in path.iterdir()) == ["checksums.json", "model.yaml", "parameters"]
 
 
 def test_float32_on_request_computes_in_float32_from_the_stored_values(saved):
@@ -105,7 +107,7 @@ def test_parameters_of_another_model_are_refused_and_nothing_is_written(tmp_path
 
 def test_a_directory_in_use_is_left_alone(saved):
     path, parameters = saved
-    with pytest.raises(ValueError, match="which holds other files; allowed: a new path"):
+    with pytest.raises(ValueError, match="which is not empty; allowed: a new or an empty directory"):
         save_model(path, HYBRID, parameters)
     assert load_model(path).config == HYBRID
 
@@ -116,6 +118,13 @@ def test_a_directory_in_use_is_left_alone(saved):
     (lambda c: c | dict(mixer=c["mixer"] | dict(type="Mamba9")), "mixer.type: got 'Mamba9'; allowed: Mamba3Config"),
     (lambda c: c | dict(n_layers=0), "n_layers: got 0"),
     (lambda c: [c], "got a broken configuration"),
+    (lambda c: c | dict(vocab_size=256.5), "vocab_size: got 256.5; allowed: int"),
+    (lambda c: c | dict(n_layers=True), "n_layers: got True; allowed: int"),
+    (lambda c: c | dict(mlp_width=10**30), "mlp_width: got 1"),
+    (lambda c: c | dict(tie_embeddings="no"), "tie_embeddings: got 'no'; allowed: bool"),
+    (lambda c: c | dict(mixer=c["mixer"] | dict(A_floor=float("nan"))), "mixer.A_floor: got nan; allowed: float"),
+    (lambda c: c | dict(mixer=c["mixer"] | dict(mimo_rank=[[]])), "mixer.mimo_rank: got list"),
+    (lambda c: c | dict(attention_layers=[1.0]), "attention_layers: got tuple"),
 ])  # fmt: skip
 def test_a_broken_configuration_names_its_file(saved, edit, text):
     path, _ = saved
@@ -146,3 +155,89 @@ def test_missing_and_truncated_files_are_named(saved, tmp_path):
     shutil.rmtree(path / "parameters")
     with pytest.raises(ValueError, match="parameters: got files that cannot be read"):
         load_model(path)
+
+
+def test_a_deeply_nested_configuration_is_one_line(saved):
+    path, _ = saved
+    (path / "model.yaml").write_text("[" * 5000)
+    with pytest.raises(ValueError) as error:
+        read_config(path)
+    assert str(error.value).startswith(str(path / "model.yaml")) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("change, text", [
+    (dict(n_layers=1_000_000), "n_layers: got 1000000; "),
+    (dict(vocab_size=2**31 - 1, vocab_multiple=2**31 - 1), ""),
+    (dict(mlp_width=2**31 - 1), ""),
+])  # fmt: skip
+def test_sizes_far_beyond_the_parameters_are_refused_at_once(saved, change, text):
+    path, _ = saved
+    file = path / "model.yaml"
+    file.write_text(yaml.safe_dump(yaml.safe_load(file.read_text()) | change))
+    start = time.monotonic()
+    with pytest.raises(ValueError) as error:
+        load_model(path)
+    assert text in str(error.value) and "\n" not in str(error.value) and str(path) in str(error.value)
+    assert time.monotonic() - start < 10
+
+
+def test_a_changed_number_is_found_and_named(tmp_path):
+    """What the storage library does not see: other bits, or another dtype, in whole files; before any cast."""
+    config = LMConfig(Mamba2Config(**SIZES), 1, 5)
+    parameters = parameters_of(config)
+    save_model(tmp_path / "m", config, parameters)
+    bits = np.array(parameters["embedding"]).view(np.uint16)
+    bits[2, 3] ^= 1
+    changes = dict(bit=bits.view(jnp.bfloat16), dtype=np.float32(parameters["embedding"]))
+    for name, other in changes.items():
+        save_model(tmp_path / name, config, parameters | dict(embedding=other))
+        shutil.copy(tmp_path / "m" / "checksums.json", tmp_path / name)
+        for dtype in (None, "float32"):
+            with pytest.raises(ValueError, match=f"{name}/parameters: got embedding with the checksum .* was changed"):
+                load_model(tmp_path / name, dtype)
+
+
+def test_missing_and_broken_checksums_are_said(saved):
+    path, _ = saved
+    (path / "checksums.json").write_text("[1]")
+    with pytest.raises(ValueError, match="checksums.json: got no checksums"):
+        load_model(path)
+    (path / "checksums.json").unlink()
+    with pytest.raises(ValueError, match="checksums.json: got no checksums"):
+        load_model(path)
+
+
+@pytest.mark.parametrize("name", ["_sharding", "_METADATA"])
+def test_a_changed_or_truncated_description_is_one_line(saved, name, capsys):
+    """Or harmless: some of these files are not needed for what we read."""
+    path, parameters = saved
+    file = path / "parameters" / name
+    whole = file.read_bytes()
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 1
+    for content in (whole[: len(whole) // 2], bytes(flipped), b""):
+        file.write_bytes(content)
+        capsys.readouterr()
+        try:
+            loaded = nnx.to_pure_dict(nnx.state(load_model(path), nnx.Param))
+        except ValueError as error:
+            assert str(error).startswith(str(path)) and "\n" not in str(error)
+        else:
+            jax.tree.map(np.testing.assert_array_equal, loaded, parameters)
+        assert capsys.readouterr().err == ""
+
+
+def test_a_neighbour_is_left_alone_and_links_are_refused(tmp_path):
+    config = LMConfig(Mamba2Config(**SIZES), 1, 5)
+    neighbour = tmp_path / "m.unfinished"
+    neighbour.mkdir()
+    (neighbour / "mine").write_text("x")
+    save_model(tmp_path / "m", config, parameters_of(config))
+    assert (neighbour / "mine").read_text() == "x" and load_model(tmp_path / "m").config == config
+    assert (tmp_path / "m").stat().st_mode == neighbour.stat().st_mode
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "empty")
+    for path in (tmp_path / "link", Path(".")):
+        with pytest.raises(ValueError, match="which is a link or has no name"):
+            save_model(path, config, parameters_of(config))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["empty", "link", "m", "m.unfinished"]

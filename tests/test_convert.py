@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -16,9 +17,10 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 import golden_data as golden
 from mamba3_jax.convert import command, plausibility, read_released, write_released
 from mamba3_jax.convert.files import SAFETENSORS, TORCH, WRITERS, read_tensors
-from mamba3_jax.convert.released import abstract_model, parameters_of
+from mamba3_jax.convert.released import parameters_of
+from mamba3_jax.inference import Sampling, generate
 from mamba3_jax.layers import AttentionConfig, Mamba2Config, Mamba3Config
-from mamba3_jax.models import LM, LMConfig
+from mamba3_jax.models import LM, LMConfig, abstract_model
 from mamba3_jax.models.checkpoint import load_model, read_config, save_model
 
 SMALL = dict(d_model=32, d_state=16, head_dim=16, a_activation="heavy_tail")
@@ -134,10 +136,14 @@ def test_an_imported_checkpoint_has_the_official_logits_and_greedy_text(name, fo
     model = load_model(tmp_path / "ours", dtype="float32")
     with np.load(folder / "golden.npz", allow_pickle=False) as arrays:
         ids, logits, greedy = arrays["input_ids"], arrays["logits"], arrays["greedy_ids"]
+        drawable = arrays["greedy_ids_unpadded"]
     got, _ = nnx.jit(lambda model, ids: model(ids))(model, jnp.asarray(np.concatenate([ids, greedy], axis=1)))
     t = ids.shape[1]
     golden.assert_close(got[:, :t], logits, 1e-4, "logits")
     np.testing.assert_array_equal(jnp.argmax(got[:, t - 1 : -1], axis=-1), greedy)
+    # Generation draws no padding of the vocabulary.
+    text = generate(model, ids.tolist(), max_new_tokens=drawable.shape[1], sampling=Sampling(temperature=0)).tokens
+    np.testing.assert_array_equal(text, drawable)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -428,6 +434,35 @@ def whole_perplexity(config: LMConfig, parameters: dict, tokens: list[int]) -> f
     logits, _ = nnx.jit(LM.__call__)(nnx.merge(graph, state), jnp.asarray(tokens)[None])
     log_p = jax.nn.log_softmax(logits[0, :-1, : config.vocab_size])
     return math.exp(-np.mean(np.asarray(log_p)[np.arange(len(tokens) - 1), np.array(tokens[1:])]))
+
+
+def test_a_trained_model_tells_which_activation_it_was_trained_with():
+    """It knows the text by heart, with bytes as tokens."""
+    config = LMConfig(Mamba3Config(**SMALL), n_layers=2, vocab_size=256)
+    graph, parameters = nnx.split(LM(config, rngs=nnx.Rngs(0)))
+    tokens = np.frombuffer(plausibility.TEXT.encode(), np.uint8).astype(np.int32)
+    optimizer = optax.adam(1e-2)
+
+    def loss(parameters):
+        logits, _ = nnx.merge(graph, parameters)(jnp.asarray(tokens)[None, :-1])
+        return optax.softmax_cross_entropy_with_integer_labels(logits[0], tokens[1:]).mean()
+
+    @jax.jit
+    def step(parameters, state):
+        updates, state = optimizer.update(jax.grad(loss)(parameters), state, parameters)
+        return optax.apply_updates(parameters, updates), state
+
+    untrained = plausibility.measure(config, nnx.to_pure_dict(parameters), tokens.tolist())
+    assert max(untrained) < 1.01 * min(untrained) and "below 150" in plausibility.complaint(config, untrained)
+    state = optimizer.init(parameters)
+    for _ in range(120):
+        parameters, state = step(parameters, state)
+    found = plausibility.measure(config, nnx.to_pure_dict(parameters), tokens.tolist())
+    assert plausibility.complaint(config, found) is None
+    wrong = dataclasses.replace(config, mixer=dataclasses.replace(config.mixer, a_activation="softplus"))
+    assert "--a_activation heavy_tail; that is probably" in plausibility.complaint(
+        wrong, plausibility.Plausibility(*found[::-1])
+    )
 
 
 def test_a_warning_names_the_activation_that_fits_better():

@@ -1,10 +1,13 @@
 """Checkpoint files without torch: what torch wrote is read, what we write has its form, and nothing else gets in."""
 
+import dataclasses
 import io
 import json
+import math
 import pickle
 import pickletools
 import struct
+import time
 import tracemalloc
 import zipfile
 from collections import OrderedDict
@@ -13,11 +16,15 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
+from flax import nnx
 
 import golden_data as golden
+from mamba3_jax.convert import command, write_released
 from mamba3_jax.convert.files import SAFETENSORS, TORCH, WRITERS, read_tensors
 from mamba3_jax.convert.safetensors import read_safetensors, write_safetensors
 from mamba3_jax.convert.torch_file import read_torch, write_torch
+from mamba3_jax.layers import AttentionConfig, Mamba3Config
+from mamba3_jax.models import LM, LMConfig
 
 OFFICIAL = golden.DIRECTORY / "lm_mimo_bf16" / TORCH
 TENSORS = {
@@ -129,7 +136,13 @@ def test_a_pickle_that_imports_anything_else_is_refused_and_not_run(how, module,
     with pytest.raises(ValueError) as error:
         read_torch(path)
     message = str(error.value)
-    assert message.startswith(f"{path}: got a pickle that asks for {module}.{name}") and "\n" not in message
+    found = {
+        "global": f"that asks for {module}.{name}",
+        "stack_global": "with the instruction STACK_GLOBAL",
+        "inst": "with the instruction INST",
+        "newobj": "with the instruction NEWOBJ",
+    }[how]
+    assert message.startswith(f"{path}: got a pickle {found}") and "\n" not in message
     assert not victim.exists()
 
 
@@ -140,8 +153,8 @@ def test_a_pickle_cannot_change_what_it_is_given(tmp_path):
         b"ctorch\nFloatStorage\n",
         b"ccollections\nOrderedDict\n",
     ):
-        poison = handed_out + b"}(" + text("__call__") + text("x") + b"ub0"
-        slots = handed_out + b"}}(" + text("__call__") + text("x") + b"u\x86b0"
+        poison = handed_out + b"}(" + text("__call__") + text("x") + b"ub."
+        slots = handed_out + b"}}(" + text("__call__") + text("x") + b"u\x86b."
         for attack in (poison, slots):
             path = write_archive(tmp_path / TORCH, b"\x80\x02" + attack + state_dict()[2:])
             with pytest.raises(ValueError, match="got a damaged file"):
@@ -163,7 +176,7 @@ def test_a_pickle_cannot_change_what_it_is_given(tmp_path):
         (state_dict(text("w") + number(3)), "'w': got int; allowed: a tensor"),
         (state_dict(number(3) + number(3)), "3: got int; allowed: a tensor"),
         (b"\x80\x02" + number(3) + b".", "got a pickled int"),
-        (b"\x80\x02" + text("x") + b"Q.", "asks for storage 'x'"),
+        (b"\x80\x02" + text("x") + b"Q.", "asks for a storage by a str"),
         (state_dict()[:-1], "got a damaged file"),
         (b"", "got a damaged file"),
         (b"garbage", "got a damaged file"),
@@ -175,6 +188,76 @@ def test_a_pickle_that_is_no_dict_of_tensors_within_their_storages_is_refused(pi
     with pytest.raises(ValueError, match=message) as error:
         read_torch(path)
     assert str(error.value).startswith(str(path)) and "\n" not in str(error.value)
+
+
+DEEP = b")" + b"\x85" * 200_000
+
+
+@pytest.mark.parametrize(
+    "pickled, message",
+    [
+        (b"}" + DEEP + b"I1\ns.", "nested more than 16 deep"),
+        (b"}" + DEEP + b"K\1s.", "nested more than 16 deep"),
+        (b"}" + b")" + b"\x85" * 5 + b"K\1s.", "a dict whose key is no text"),
+        (b"}(" + text("a") + number(1) + b")" + number(1) + b"u.", "a dict whose key is no text"),
+        (b"}" + text("a") + b")q\0" + b"h\0\x86q\0" * 40 + b"s.", "nested more than|damaged"),
+        (b"}I1\nI1\ns.", "the instruction INT"),
+        (b"}r\xff\xff\xff\x7f.", "a value number 2147483647"),
+        (b"ccollections\nOrderedDict\n}\x85R.", "damaged file"),
+        (
+            state_dict(text("w") + b"ctorch._utils\n_rebuild_tensor_v2\n(K\1\x85\x85K\1K\1K\1tR"),
+            "w: got tuple, int, int",
+        ),
+        (b"(" * 100_000 + b".", "damaged file"),
+        (b"}" * 5_000_000 + b".", "allowed: at most 4194304"),
+    ],
+    ids=range(11),
+)
+def test_a_pickle_made_to_exhaust_the_reader_is_refused_before_it_runs(pickled, message, tmp_path):
+    path = write_archive(tmp_path / TORCH, pickled)
+    start = time.monotonic()
+    with pytest.raises(ValueError, match=message) as error:
+        read_torch(path)
+    assert str(error.value).startswith(str(path)) and "\n" not in str(error.value)
+    assert time.monotonic() - start < 20
+
+
+def test_what_hangs_on_an_ordered_dict_is_left_out(tmp_path):
+    """torch's _metadata, and an attack's `items`."""
+    for attributes in (text("_metadata") + b"}", text("items") + number(3)):
+        built = state_dict(tensor("w", (12,), (1,)))[:-1] + b"}(" + attributes + b"ub."
+        got = read_torch(write_archive(tmp_path / TORCH, built))
+        assert_equal_tensors(got, dict(w=np.arange(12, dtype=np.float32)))
+
+
+def long(value: int) -> bytes:
+    encoded = pickle.encode_long(value)
+    return pickle.LONG1 + bytes([len(encoded)]) + encoded
+
+
+@pytest.mark.parametrize(
+    "offset, shape, strides",
+    [(0, (2,), (2**70,)), (0, (2**70,), (0,)), (2**70, (1,), (1,)), (0, (0, 2**70), (1, 1)), (0, (2**40,), (0,)),
+     (0, (0, 2**47, 2**47), (1, 1, 1))],
+)  # fmt: skip
+def test_views_of_absurd_sizes_are_refused(offset, shape, strides, tmp_path):
+    sizes, steps = (b"(" + b"".join(map(long, values)) + b"t" for values in (shape, strides))
+    pickled = state_dict(text("w") + b"ctorch._utils\n_rebuild_tensor_v2\n" + storage() + long(offset) + sizes + steps
+                         + b"\x89ccollections\nOrderedDict\n)RtR")  # fmt: skip
+    with pytest.raises(ValueError, match=": w: ") as error:
+        read_torch(write_archive(tmp_path / TORCH, pickled))
+    assert "\n" not in str(error.value)
+
+
+def test_a_compressed_pickle_is_refused_unread(tmp_path):
+    with zipfile.ZipFile(tmp_path / TORCH, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", b"}" * (1 << 26))
+    tracemalloc.start()
+    with pytest.raises(ValueError, match="67108864 bytes in record archive/data.pkl; allowed: at most 4194304"):
+        read_torch(tmp_path / TORCH)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1 << 24
 
 
 # Damage
@@ -206,7 +289,7 @@ def test_a_compressed_record_and_a_repeated_name_are_refused(tmp_path):
     path = write_archive(tmp_path / TORCH, state_dict(tensor("w", (12,), (1,))))
     with zipfile.ZipFile(path) as old, zipfile.ZipFile(tmp_path / "new", "w", zipfile.ZIP_DEFLATED) as new:
         for name in old.namelist():
-            new.writestr(name, old.read(name))
+            new.writestr(name, old.read(name), None if "/data/" in name else zipfile.ZIP_STORED)
     with pytest.raises(ValueError, match="w: got 48 bytes in record archive/data/0; needs 48, uncompressed"):
         read_torch(tmp_path / "new")
     with zipfile.ZipFile(path, "a") as archive, pytest.warns(UserWarning, match="Duplicate name"):
@@ -373,3 +456,100 @@ def test_shards_that_do_not_fit_the_index_are_refused(form, tmp_path):
         with pytest.raises(ValueError) as error:
             read_tensors(tmp_path)
         assert message in str(error.value)
+
+
+# Whole conversions
+
+
+CONFIG = LMConfig(Mamba3Config(32, d_state=16, head_dim=16, a_activation="heavy_tail"), n_layers=2, vocab_size=61)
+HYBRID = dataclasses.replace(CONFIG, attention=AttentionConfig(32, n_heads=2), attention_layers=(1,))
+
+
+def released(directory: Path, config: LMConfig = CONFIG) -> Path:
+    directory.mkdir()
+    model = LM(config, rngs=nnx.Rngs(0))
+    write_released(directory, config, nnx.to_pure_dict(nnx.state(model, nnx.Param)), form=TORCH)
+    return directory
+
+
+def refused(capsys, source: Path, destination: Path, *options: str) -> str:
+    before = sorted(destination.parent.iterdir())
+    with pytest.raises(SystemExit) as left:
+        command.main([str(source), str(destination), *options])
+    assert left.value.code == 2 and sorted(destination.parent.iterdir()) == before
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
+
+
+def test_a_config_json_that_lies_is_refused_at_once(tmp_path, capsys):
+    source = released(tmp_path / "source", HYBRID)
+    file = source / "config.json"
+    fields = json.loads(file.read_text())
+    cases = [
+        (dict(n_layer=1_000_000), "n_layer: got 1000000; the tensors are of 2 layers"),
+        (dict(n_layer=2**70), "n_layer: got 1180591620717411303424; allowed: a int"),
+        (dict(attn_layer_idx=[1, 1]), "attention_layers: got (1, 1)"),
+        (dict(attn_layer_idx=[10**9]), "attention_layers: got (1000000000,)"),
+        (dict(vocab_size=2**31 - 1, pad_vocab_size_multiple=2**31 - 1, d_model=2**30), ""),
+    ]
+    cases += [
+        (dict(ssm_cfg=fields["ssm_cfg"] | dict(A_floor=a)), "ssm_cfg.A_floor: got ") for a in (math.nan, math.inf)
+    ]
+    for change in (dict(num_heads=2.0), dict(head_dim=16.5), dict(num_heads_kv=1.0), dict(num_heads=True)):
+        (name,) = change
+        cases.append(
+            (dict(attn_cfg=fields["attn_cfg"] | change), f"attn_cfg.{name}: got {change[name]}; allowed: a int")
+        )
+    for change, message in cases:
+        file.write_text(json.dumps(fields | change))
+        start = time.monotonic()
+        line = refused(capsys, source, tmp_path / "ours")
+        assert str(source) in line and message in line and time.monotonic() - start < 10
+    file.write_text('{"d_model": 16, ' + json.dumps(fields)[1:])
+    assert "d_model comes twice" in refused(capsys, source, tmp_path / "ours")
+
+
+def test_a_destination_that_cannot_become_a_directory_is_refused(tmp_path, capsys, monkeypatch):
+    source = released(tmp_path / "source")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "empty")
+    assert "which is a link or has no name" in refused(capsys, source, tmp_path / "link")
+    monkeypatch.chdir(tmp_path / "empty")
+    assert "which is a link or has no name" in refused(capsys, source, Path("."))
+
+
+def tokenizer_file(file: Path, vocabulary: dict, **changes: object) -> Path:
+    model = dict(type="WordLevel", vocab=vocabulary, unk_token="<none>")
+    file.write_text(json.dumps(dict(version="1.0", added_tokens=[], model=model) | changes))
+    return file
+
+
+def test_a_tokenizer_that_does_not_load_or_has_no_ids_is_refused(tmp_path, capsys):
+    pytest.importorskip("tokenizers", reason="the extra `text` is not installed")
+    source = released(tmp_path / "source")
+    for vocabulary, changes in (
+        (dict(a=0), dict(model=dict(type="Nonsense", vocab=dict(a=0)))),
+        (dict(a=-1), {}),
+        (dict(a=0.5), {}),
+        (dict(a=True), {}),
+        ({}, {}),
+    ):
+        file = tokenizer_file(source / "tokenizer.json", vocabulary, **changes)
+        assert f"tokenizer: got {file}" in refused(capsys, source, tmp_path / "ours")
+
+
+def test_a_text_of_no_tokens_or_a_failing_check_does_not_undo_the_import(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("tokenizers", reason="the extra `text` is not installed")
+    source = released(tmp_path / "source")
+    tokenizer_file(source / "tokenizer.json", {"<none>": 0})
+    assert command.main([str(source), str(tmp_path / "first")]) == 0
+    assert "perplexity: not checked (the tokenizer makes 1 tokens" in capsys.readouterr().out
+
+    def fail(*_):
+        raise MemoryError
+
+    tokenizer_file(source / "tokenizer.json", {"<none>": 0}, pre_tokenizer=dict(type="Whitespace"))
+    monkeypatch.setattr(command.plausibility, "measure", fail)
+    assert command.main([str(source), str(tmp_path / "second")]) == 0
+    assert "perplexity: not checked (MemoryError)" in capsys.readouterr().out
+    assert (tmp_path / "second" / "model.yaml").exists()

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from mamba3_jax.inference import Generated, Sampling, Stream, generate, prefill
-from mamba3_jax.inference.generate import _decode
-from mamba3_jax.inference.prefill import pieces, read
+from mamba3_jax.inference import Generated, Sampling, Stream, decoding, generate, prefill
+from mamba3_jax.inference.decoding import _decode
+from mamba3_jax.inference.reading import pieces, read
 from mamba3_jax.layers import AttentionConfig, GatedDeltaNetConfig, Mamba2Config, Mamba3Config
 from mamba3_jax.models import LM, LMConfig
 from test_layers import assert_names, randomised, without_type_checks  # noqa: F401, a fixture
@@ -98,6 +98,38 @@ def test_pieces_read_what_one_call_reads(name, piece):
     np.testing.assert_allclose(stepper(name)(cut), stepper(name)(whole), rtol=1e-5, atol=1e-5)
     for a, b in ((cut.pending, whole.pending), (cut.seen, whole.seen), (cut.position, whole.position)):
         np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("limits, width", [(dict(PIECE=4), 4), (dict(PIECE_OF_ALL=16), 4), (dict(PIECE_OF_ALL=2), 1)])
+def test_long_prompts_are_read_in_pieces_and_more_rows_in_smaller_ones(limits, width, monkeypatch):
+    """Three rows count as four; at least one token of each is read at a time."""
+    widths = set()
+
+    def watched(*args, **options):
+        for piece in pieces(*args, **options):
+            widths.add(piece.tokens.shape[1])
+            yield piece
+
+    prompts = draw(23, 5, 1)
+    whole = prefill(build("siso"), prompts)
+    monkeypatch.setattr(decoding, "pieces", watched)
+    for name, limit in limits.items():
+        monkeypatch.setattr(decoding, name, limit)
+    cut = prefill(build("siso"), prompts)
+    assert max(widths) == width
+    np.testing.assert_allclose(stepper("siso")(cut), stepper("siso")(whole), rtol=1e-5, atol=1e-5)
+
+
+def test_attention_has_room_for_what_is_drawn(monkeypatch):
+    """Past several multiples of its slots: where a prompt is read, where tokens are drawn, and from a state on."""
+    expected = drawn("hybrid").tokens
+    monkeypatch.setattr(decoding, "SLOTS", 8)
+    first = generate(build("hybrid"), PROMPTS, max_new_tokens=3, sampling=DRAWN, seed=5)
+    second = generate(build("hybrid"), state=first.state, max_new_tokens=N - 3, sampling=DRAWN)
+    assert [a + b for a, b in zip(first.tokens, second.tokens)] == expected
+    # 24 tokens of the longest prompt, and all but the last of the new ones.
+    (slots,) = (layer.k.shape[1] for layer in second.state.cache if hasattr(layer, "position"))
+    assert slots % 8 == 0 and 24 + N - 1 <= slots < 256
 
 
 @pytest.mark.parametrize("continues", [False, True])

@@ -10,7 +10,7 @@ from flax import nnx
 
 from mamba3_jax.cli import main
 from mamba3_jax.data import ByteTokenizer
-from mamba3_jax.inference import Sampling, generate
+from mamba3_jax.inference import Sampling, generate, generate_command
 from mamba3_jax.layers import Mamba3Config
 from mamba3_jax.models import LM, LMConfig
 from mamba3_jax.models.checkpoint import load_model, save_model
@@ -87,6 +87,24 @@ def test_a_stop_ends_the_text_and_is_not_printed(run, capsys):
     for option in (f"--stop={stop}", f"--stop_ids=[{ord(stop)}]"):
         assert main(["generate", str(run), "--prompt", PROMPT, "--max_new_tokens=30", option]) == 0
         assert capsys.readouterr().out == before + "\n"
+
+
+def test_the_tokenizer_s_mark_of_an_end_ends_the_text(run, capsys, monkeypatch):
+    """By itself, and with further stops beside it; `--max_new_tokens` alone ended the texts above."""
+    expected = text_of(run, PROMPT, 30)
+    first, second = list(dict.fromkeys(c for c in expected if c.isascii()))[2:4]
+
+    class Marked(ByteTokenizer):
+        end = ord(second)
+
+    monkeypatch.setattr(generate_command, "load_tokenizer", lambda directory: Marked())
+    for options, mark in (([], second), ([f"--stop={first}"], first), ([f"--stop_ids=[{ord(first)}]"], first)):
+        assert main(["generate", str(run), "--prompt", PROMPT, "--max_new_tokens=30", *options]) == 0
+        assert capsys.readouterr().out == expected[: expected.index(mark)] + "\n"
+    # A stop that does not come leaves the mark in force.
+    absent = next(i for i in range(127) if chr(i) not in expected)
+    assert main(["generate", str(run), "--prompt", PROMPT, "--max_new_tokens=30", f"--stop_ids=[{absent}]"]) == 0
+    assert capsys.readouterr().out == expected[: expected.index(second)] + "\n"
 
 
 def test_a_saved_conversation_goes_on(run, capsys, tmp_path):

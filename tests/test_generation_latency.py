@@ -31,18 +31,22 @@ def test_a_step_moves_the_weights_and_the_states(dtype, size):
 
 
 def test_the_report_puts_the_papers_figures_beside_those_of_its_size_only():
-    same = dict(device="some GPU", jax="1.2.3", copy_bytes_per_s=1e12, state_dtype="float32")
-    rows = [
-        dict(
-            what="decode", model="mamba3-siso-1.5b", b=1, t=1, ms=4.0, weight_bytes=10**9, state_bytes=5 * 10**8, **same
-        ),
-        dict(what="prefill", model="mamba3-siso-1.5b", b=128, t=2048, s=1.5, **same),
-        dict(what="prefill", model="tiny", b=128, t=2048, s=2.5, **same),
-    ]
-    text = render(dict(command="uv run ...", rows=rows))
+    same = dict(device="some GPU", jax="1.2.3", copy_bytes_per_s=1e12, code="abc")
+    large, small = "mamba3-siso-1.5b", "tiny"
+    figures = {
+        Cell("decode", large, 1, 1): dict(ms=4.0, weight_bytes=10**9, state_bytes=5 * 10**8),
+        Cell("prefill", large, 128, 2048): dict(s=1.5),
+        Cell("prefill", small, 128, 2048): dict(s=2.5),
+    }
+    rows = [dict(name=cell.name, **cell._asdict(), **figure, **same) for cell, figure in figures.items()]
+    wanted = [Cell("prefill+decode", model, 128, 2048) for model in (large, small)]
+    wanted += [Cell("decode", large, 8, 1), Cell("prefill", large, 1, 4096)]
+    text = render(dict(command="uv run ...", rows=rows), wanted)
     assert "| mamba3-siso-1.5b | 1 | 1 | float32 | 4.000 | 250 | 500 | 2.000 | 2.00 |" in text
     assert "| mamba3-siso-1.5b | 128 | 2048 | 1.50 (2.02) | not run (17.57) |" in text
     assert "| tiny | 128 | 2048 | 2.50 (-) | not run (-) |" in text
+    assert "| mamba3-siso-1.5b | 8 | 1 | float32 | not run | - |" in text
+    assert "| mamba3-siso-1.5b | 4096 | not run | - |" in text
     left, right = plot(rows).axes
     assert left.get_xlabel() == "rows" and right.get_xlabel() == "tokens before"
 

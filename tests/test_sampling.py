@@ -27,6 +27,7 @@ CASES = {
     "min-p of none": Sampling(min_p=0),
     "penalty": Sampling(repetition_penalty=1.8),
     "favour": Sampling(repetition_penalty=0.6),
+    "top-p, then min-p": Sampling(top_p=0.75, min_p=0.4),
     "all": Sampling(temperature=1.4, top_k=9, top_p=0.9, min_p=0.15, repetition_penalty=1.3),
 }
 
@@ -80,6 +81,17 @@ def test_the_cases_differ_in_what_they_leave():
     assert left["top-k"] == 4 and left["top-p of the first"] == 1
     assert 4 < left["top-p"] < V and left["min-p"] not in (left["top-p"], V)
     assert left["all"] < 9
+
+
+def test_a_case_tells_top_p_before_min_p_from_the_other_order():
+    """Min-p first would leave less probability in the tail, and top-p then fewer tokens."""
+    sampling = CASES["top-p, then min-p"]
+    p = probabilities(Sampling())
+    p[p < sampling.min_p * p.max()] = 0
+    order = np.argsort(-p)
+    more_likely = np.cumsum(p[order] / p.sum()) - p[order] / p.sum()
+    other = set(order[more_likely < sampling.top_p])
+    assert other < set(np.flatnonzero(probabilities(sampling)))
 
 
 @pytest.mark.parametrize("sampling", [Sampling(temperature=0), Sampling(temperature=0, top_k=3, top_p=0.5, min_p=0.9)])

@@ -1,7 +1,10 @@
 """A state in a file: what it resumes, and what it refuses."""
 
 import functools
+import io
+import json
 import pickle
+import zipfile
 
 import jax
 import jax.numpy as jnp
@@ -135,3 +138,76 @@ def test_sampling_may_change_between_the_halves(tmp_path):
     greedy = Sampling(temperature=0, repetition_penalty=1.2)
     got = generate(build("siso"), state=load_state(path, build("siso")), max_new_tokens=4, sampling=greedy)
     assert got.tokens == generate(build("siso"), talks, max_new_tokens=4, sampling=greedy).tokens
+
+
+def tampered(path, fields=None, savez=np.savez, **arrays):
+    """The file with other arrays, or fields of its header, under sums that fit them."""
+    with np.load(path) as members:
+        old = dict(members)
+    header = json.loads(str(old["header"])) | (fields or {})
+    savez(path, **old | dict(header=np.array(json.dumps(header))) | arrays)
+
+
+@pytest.mark.parametrize("header, arrays, reason", [
+    ({}, dict(pending=np.array([10**6], np.int32)), "pending from 1000000 to 1000000"),
+    ({}, dict(pending=np.array([-1], np.int32)), "pending from -1"),
+    ({}, dict(pending=np.array([3.0], np.float32)), "pending of float32 (1,)"),
+    ({}, dict(pending=np.array([3, 3], np.int32)), "the model has"),
+    ({}, dict(pending=np.zeros(0, np.int32)), "of 0 rows"),
+    ({}, dict(position=np.array([-1], np.int32)), "position from -1"),
+    ({}, dict(position=np.array([[5]], np.int32)), "position of int32 (1, 1)"),
+    ({}, dict(seen=np.zeros((1, 1), np.uint8)), "seen of uint8 (1, 1)"),
+    (dict(seed=None), {}, "seed None"),
+    (dict(seed=2**31), {}, "seed 2147483648"),
+    (dict(seed=-1), {}, "seed -1"),
+    (dict(dtypes=[]), {}, "of 1 rows and 0 arrays"),
+    (dict(model=3), {}, ""),
+    ({}, dict(header=np.array("[" * 100_000)), "recursion"),
+    ({}, dict(header=np.array("[]")), ""),
+])  # fmt: skip
+def test_a_tampered_file_is_refused_in_one_line(header, arrays, reason, tmp_path):
+    path = tmp_path / "state.npz"
+    save_state(path, build("siso"), short("siso"))
+    tampered(path, header, **arrays)
+    refused(path, build("siso"), reason)
+
+
+def test_a_cache_of_other_numbers_is_refused(tmp_path):
+    path = tmp_path / "state.npz"
+    for name, change, reason in (
+        ("siso", lambda a: np.full_like(a, np.nan), "cache_1 with numbers that are not finite"),
+        ("siso", lambda a: np.concatenate([a, a]), "cache_1 of float32"),
+        ("siso", lambda a: a.astype(np.float64), ""),
+        ("siso", lambda a: a[:, :-1], "cache_1 of float32"),
+    ):
+        save_state(path, build(name), short(name))
+        with np.load(path) as members:
+            other = change(members["cache_1"])
+        tampered(path, cache_1=other)
+        refused(path, build(name), reason)
+
+
+def test_attention_positions_beyond_the_slots_are_refused(tmp_path):
+    path = tmp_path / "state.npz"
+    save_state(path, build("hybrid"), short("hybrid"))
+    leaves = jax.tree.leaves(short("hybrid").cache)
+    at = next(i for i, leaf in enumerate(leaves) if leaf.dtype == jnp.int32)
+    tampered(path, **{f"cache_{at}": np.full_like(leaves[at], 10**6)})
+    refused(path, build("hybrid"), f"cache_{at} from 1000000")
+
+
+def test_a_compressed_or_endless_array_is_refused_unread(tmp_path):
+    path = tmp_path / "state.npz"
+    save_state(path, build("siso"), short("siso"))
+    whole = path.read_bytes()
+    tampered(path, savez=np.savez_compressed)
+    refused(path, build("siso"), "compressed arrays")
+    path.write_bytes(whole)
+    with zipfile.ZipFile(path) as old:
+        records = {name: old.read(name) for name in old.namelist()}
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, dict(descr="<f4", fortran_order=False, shape=(10**15,)))
+    with zipfile.ZipFile(path, "w") as new:
+        for name, data in (records | {"cache_0.npy": header.getvalue()}).items():
+            new.writestr(name, data)
+    refused(path, build("siso"), "")

@@ -61,6 +61,45 @@ def test_json_uses_merges_and_knows_special_tokens_in_the_text(json_file):
     assert tokenizer.decode(tokenizer.encode("a<|end|>b")) == "a<|end|>b"
 
 
+@pytest.mark.parametrize("template, prefix", [("<s> $A", ["<s>"]), ("<s> [x] $A [x]", ["<s>", "[x]"]), ("$A [x]", [])])
+@needs_library
+def test_json_says_what_its_file_puts_before_a_text_and_puts_nothing(template, prefix, json_file, tmp_path):
+    import tokenizers
+
+    library = tokenizers.Tokenizer.from_file(str(json_file))
+    library.add_special_tokens(["<s>", "[x]"])
+    ids = {mark: library.token_to_id(mark) for mark in ("<s>", "[x]")}
+    library.post_processor = tokenizers.processors.TemplateProcessing(single=template, special_tokens=[*ids.items()])
+    library.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = JsonTokenizer(tmp_path / "tokenizer.json")
+    assert tokenizer.prefix == tuple(ids[mark] for mark in prefix)
+    assert tokenizer.encode("b") == JsonTokenizer(json_file).encode("b")
+
+
+@needs_library
+@pytest.mark.parametrize(
+    "added, end",
+    [
+        (["</s>"], "</s>"),
+        (["</s>", "<|endoftext|>"], "<|endoftext|>"),
+        (["<|endoftext|>", "<|end_of_text|>"], "<|end_of_text|>"),
+        (["<|done|>"], None),
+    ],
+)
+def test_json_knows_the_mark_of_an_end(added, end, json_file, tmp_path):
+    import tokenizers
+
+    library = tokenizers.Tokenizer.from_file(str(json_file))
+    library.add_special_tokens(added)
+    library.save(str(tmp_path / "tokenizer.json"))
+    found = JsonTokenizer(tmp_path / "tokenizer.json").end
+    assert found == (None if end is None else library.token_to_id(end))
+
+
+def test_bytes_have_no_marks():
+    assert ByteTokenizer().prefix == () and ByteTokenizer().end is None
+
+
 @pytest.mark.parametrize("size", [1, 2, 3, 7])
 def test_a_stream_shows_whole_characters_as_soon_as_they_are_there(tokenizer, size):
     """Over a text longer than the window, a few tokens at a time."""

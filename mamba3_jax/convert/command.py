@@ -4,15 +4,12 @@ The direction is SOURCE's: what has a config.json is imported, what has a model.
 one) is exported. Nothing is written unless everything is.
 """
 
-import contextlib
 import dataclasses
 import importlib.util
 import re
 import shutil
 import sys
-import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -33,7 +30,15 @@ from mamba3_jax.data.tokenizer import JsonTokenizer
 from mamba3_jax.layers.mamba3 import AActivation
 from mamba3_jax.models import LMConfig
 from mamba3_jax.models.checkpoint import CONFIG as MODEL_CONFIG
-from mamba3_jax.models.checkpoint import MODEL, TOKENIZER, load_model, model_directory, save_model
+from mamba3_jax.models.checkpoint import (
+    MODEL,
+    TOKENIZER,
+    check_new,
+    load_model,
+    model_directory,
+    save_model,
+    whole_directory,
+)
 
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 DOWNLOADED = [CONFIG, TOKENIZER, "*.safetensors", "pytorch_model*.bin", "*.index.json"]
@@ -70,7 +75,7 @@ def main(argv: list[str]) -> int:
     config = parse("convert", ConvertConfig, argv, positional="source")
     start = time.perf_counter()
     try:
-        _check_destination(config.destination)
+        check_new("destination", config.destination)
         source = _local(config.source)
         if (source / CONFIG).is_file():
             _import(config, source)
@@ -103,20 +108,13 @@ def _export(options: ConvertConfig, directory: Path) -> None:
     model = load_model(directory)
     parameters = nnx.to_pure_dict(nnx.state(model, nnx.Param))
     tokenizer = _tokenizer(options.tokenizer, directory, model.config)
-    with _whole(options.destination) as temporary:
+    with whole_directory(options.destination) as temporary:
         form = SAFETENSORS if options.format == "safetensors" else TORCH
         tensors = write_released(temporary, model.config, parameters, form=form)
         if tokenizer is not None:
             shutil.copyfile(tokenizer, temporary / TOKENIZER)
     _describe(directory, tensors, parameters)
     _report_unrecorded(model.config, options.destination, str(parameters["embedding"].dtype))
-
-
-def _check_destination(destination: Path) -> None:
-    if destination.is_dir() and not any(destination.iterdir()):
-        return
-    if destination.exists():
-        raise ValueError(f"destination: got {destination}, which is not empty; allowed: a new or an empty directory")
 
 
 def _local(source: str) -> Path:
@@ -147,25 +145,33 @@ def _tokenizer(given: Path | None, directory: Path, config: LMConfig) -> Path | 
     try:
         vocabulary = fields["model"]["vocab"]
         ids = list(vocabulary.values()) if isinstance(vocabulary, dict) else list(range(len(vocabulary)))
-        size = 1 + max(ids + [token["id"] for token in fields.get("added_tokens", [])])
+        ids += [token["id"] for token in fields.get("added_tokens", [])]
+        if not ids or not all(type(i) is int and i >= 0 for i in ids):
+            raise ValueError("ids are integers >= 0")
     except (KeyError, TypeError, ValueError):
         raise ValueError(f"tokenizer: got {path} without a vocabulary; allowed: a tokenizer.json") from None
+    size = 1 + max(ids)
     if size > config.vocab_size:
         raise ValueError(f"tokenizer: got {path} with {size} ids; allowed: at most the model's {config.vocab_size}")
+    if importlib.util.find_spec("tokenizers") is not None:
+        JsonTokenizer(path)
     return path
 
 
 def _check_plausibility(released: Released, tokenizer: Path | None) -> None:
-    """Says what the built-in text says about the import; a warning, not an error."""
+    """Says what the built-in text says about the import; a warning, not an error: what was written stays."""
     if tokenizer is None:
         print("perplexity: not checked, because there is no tokenizer.json")
         return
     try:
         tokens = JsonTokenizer(tokenizer).encode(plausibility.TEXT)
-    except ValueError as error:
-        print(f"perplexity: not checked ({error})")
+        if len(tokens) < 2:
+            raise ValueError(f"the tokenizer makes {len(tokens)} tokens of the text")
+        found = plausibility.measure(released.config, released.parameters, tokens)
+    # Of the tokenizers library, or of memory that the model takes and its conversion did not.
+    except Exception as error:
+        print(f"perplexity: not checked ({' '.join(str(error).split()) or type(error).__name__:.300})")
         return
-    found = plausibility.measure(released.config, released.parameters, tokens)
     print(f"perplexity: {found.chosen:.4g} on a short text, {found.other:.4g} with the other a_activation")
     complaint = plausibility.complaint(released.config, found)
     if complaint is not None:
@@ -191,14 +197,3 @@ def _describe(source: Path, tensors: int, parameters: dict) -> None:
     arrays = flatten_dict(parameters).values()
     dtypes = ", ".join(sorted({str(a.dtype) for a in arrays}))
     print(f"read {source}: {tensors} tensors, {sum(a.size for a in arrays):,} parameters, {dtypes}")
-
-
-@contextlib.contextmanager
-def _whole(destination: Path) -> Iterator[Path]:
-    """A directory to write into, which becomes the destination if all goes well and vanishes if not."""
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{destination.name}.", dir=destination.parent) as holder:
-        temporary = Path(holder) / destination.name
-        temporary.mkdir()
-        yield temporary
-        temporary.replace(destination)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mamba3_jax.convert.safetensors import read_safetensors, write_safetensors
+from mamba3_jax.convert.safetensors import read_safetensors, without_repetition, write_safetensors
 from mamba3_jax.convert.torch_file import read_torch, write_torch
 
 SAFETENSORS, TORCH = "model.safetensors", "pytorch_model.bin"
@@ -39,13 +39,13 @@ def read_tensors(directory: Path) -> dict[str, Stored]:
 
 
 def read_json(file: Path) -> dict:
-    """A JSON object.
+    """A JSON object without a name that comes twice.
 
     Raises:
         ValueError: anything else, in one line that names the file.
     """
     try:
-        value = json.loads(file.read_text())
+        value = json.loads(file.read_text(), object_pairs_hook=without_repetition)
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{file}: got no readable JSON ({error})") from None
     if not isinstance(value, dict):

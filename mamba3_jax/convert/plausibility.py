@@ -16,10 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from mamba3_jax.convert.released import abstract_model
 from mamba3_jax.layers.mamba3 import AActivation
 from mamba3_jax.layers.norm import rms_norm
-from mamba3_jax.models import LMConfig
+from mamba3_jax.models import LMConfig, abstract_model
 
 TEXT = """The lighthouse stands at the end of a narrow road, where the fields stop and the cliffs begin. In \
 winter the wind comes straight from the sea and nobody walks there, but in the summer families bring \
@@ -29,9 +28,11 @@ a few words about the weather in a large book. Today a machine does his work, an
 museum in the town, open at the page of his last day. Visitors ask what the weather was like. The \
 answer is always the same: it was raining, and the ships came home safely.
 """
-# Between the worst published model and a table of word frequencies, far from both.
+# LIMIT and MARGIN are this project's own choice, no published numbers. LIMIT is some four times above what a model of
+# English has on this text, and some seven times below a table of word frequencies.
 LIMIT = 150
-# On one text the two activations' perplexities differ by much less than this unless one of them is right.
+# With random parameters neither activation is right, and the perplexities are 0.1 % apart. Two small layers that
+# knew this text by heart, trained with either of them, were 19 to 35 % worse under the other.
 MARGIN = 1.1
 
 

@@ -6,6 +6,7 @@ of the embedding beyond the vocabulary are padding on both sides.
 """
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -19,10 +20,11 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from mamba3_jax.convert.files import TORCH, WRITERS, Stored, read_json, read_tensors
 from mamba3_jax.convert.released_config import RELEASED_ACTIVATION, config_from_released, config_to_released
 from mamba3_jax.layers.mamba3 import AActivation
-from mamba3_jax.models import LM, LMConfig
+from mamba3_jax.models import LMConfig, abstract_model
 
 CONFIG = "config.json"
 EMBEDDING, HEAD = "backbone.embedding.weight", "lm_head.weight"
+LAYER = re.compile(r"backbone\.layers\.(\d+)\.")
 DTYPES = ("float32", "bfloat16")
 
 Array = np.ndarray | jax.Array
@@ -95,11 +97,6 @@ def parameters_of(module: nnx.Module | nnx.State) -> dict[ParameterPath, Shaped]
     """The parameters of a module or of its state, or their shapes, by path."""
     state = module if isinstance(module, nnx.State) else nnx.state(module, nnx.Param)
     return flatten_dict(nnx.to_pure_dict(state))
-
-
-def abstract_model(config: LMConfig) -> LM:
-    """The model without its parameters' values."""
-    return nnx.eval_shape(lambda: LM(config, rngs=nnx.Rngs(0)))
 
 
 def to_official(ours: Mapping[ParameterPath, Array], places: Mapping[str, Place]) -> dict[str, Array]:
@@ -182,7 +179,13 @@ def read_released(
         head = stored.pop(HEAD)
         if not _same_bytes(head.tensor, stored[EMBEDDING].tensor):
             raise ValueError(f"{head.file}: {HEAD}: got other values than {EMBEDDING}; the config ties them")
-    ours = from_official(stored, model_places(config), parameters_of(abstract_model(config)))
+    _check_layers(config, stored, directory / CONFIG)
+    try:
+        shapes = parameters_of(abstract_model(config))
+    except (OverflowError, TypeError, MemoryError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{directory / CONFIG}: got sizes of which no arrays can be ({reason:.200})") from None
+    ours = from_official(stored, model_places(config), shapes)
     return Released(config, unflatten_dict(ours), tensors)
 
 
@@ -206,6 +209,13 @@ def write_released(directory: Path, config: LMConfig, parameters: dict, *, form:
     WRITERS[form](directory / form, official)
     (directory / CONFIG).write_text(json.dumps(fields, indent=4) + "\n")
     return len(official)
+
+
+def _check_layers(config: LMConfig, stored: Mapping[str, Stored], file: Path) -> None:
+    """No more layers than there are tensors for, before anything is built for each of them."""
+    found = {match.group(1) for name in stored if (match := LAYER.match(name))}
+    if config.n_layers > len(found):
+        raise ValueError(f"{file}: n_layer: got {config.n_layers}; the tensors are of {len(found)} layers")
 
 
 def _same_bytes(a: np.ndarray, b: np.ndarray) -> bool:

@@ -65,6 +65,9 @@ ATTENTION_FIELDS = dict(
     rotary_emb_base=10000.0,
     rotary_emb_interleaved=False,
 )
+# Those whose default is null have no type of their own.
+NULLABLE = dict(num_heads=int, num_heads_kv=int, head_dim=int, softmax_scale=float)
+MAX_NUMBER = 2**31
 # The only values with which our model computes what the official one does. Fields of the tables above that are neither
 # here nor read below say how, not what, the official code computes, or how it initialises.
 NEEDED = {
@@ -115,7 +118,7 @@ def config_from_released(fields: dict, file: Path, *, a_activation: AActivation,
             vocab_multiple=model["pad_vocab_size_multiple"],
             dtype=dtype,
             attention=_attention(heads, model["d_model"]) if hybrid else None,
-            attention_layers=tuple(sorted(set(model["attn_layer_idx"]))),
+            attention_layers=tuple(sorted(model["attn_layer_idx"])),
         )
     except (ValueError, TypeError) as error:
         raise ValueError(f"{file}: {error}") from None
@@ -170,21 +173,24 @@ def _fields(given: dict, defaults: dict, file: Path, prefix: str) -> dict:
     if unknown:
         raise ValueError(f"{file}: {prefix}{unknown[0]}: got an unknown field; allowed: {', '.join(defaults)}")
     for name, value in given.items():
-        if not _fits(value, defaults[name]):
-            kind = "number or null" if defaults[name] is None else type(defaults[name]).__name__
-            raise ValueError(f"{file}: {prefix}{name}: got {value!r:.80}; allowed: a {kind}")
+        if not _fits(value, NULLABLE.get(name, type(defaults[name]))) and not (value is None and name in NULLABLE):
+            kind = NULLABLE[name].__name__ + " or null" if name in NULLABLE else type(defaults[name]).__name__
+            raise ValueError(f"{file}: {prefix}{name}: got {_shown(value)}; allowed: a {kind}")
     return defaults | given
 
 
-def _fits(value: object, default: object) -> bool:
-    match default:
-        case None:
-            return value is None or type(value) in (int, float)
-        case float():
-            return type(value) in (int, float)
-        case list():
-            return isinstance(value, list) and all(type(item) is int for item in value)
-    return type(value) is type(default)
+def _fits(value: object, kind: type) -> bool:
+    """Whether it is of the kind, a number finite and no larger than an array's axis may be."""
+    if kind is list:
+        return isinstance(value, list) and all(_fits(item, int) for item in value)
+    if kind is float:
+        return type(value) in (int, float) and abs(value) < MAX_NUMBER  # false for NaN
+    return type(value) is kind and (kind is not int or abs(value) < MAX_NUMBER)
+
+
+def _shown(value: object) -> str:
+    """For a message; of what may be large, its type."""
+    return type(value).__name__ if isinstance(value, list | dict) else f"{value!r:.80}"
 
 
 def _recommended_chunk_size(rank: int) -> int:

@@ -75,7 +75,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
 
 def _header(path: Path, text: bytes) -> dict:
     try:
-        header = json.loads(text, object_pairs_hook=_without_repetition)
+        header = json.loads(text, object_pairs_hook=without_repetition)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: got a header that is not JSON with distinct names ({error})") from None
     if not isinstance(header, dict):
@@ -84,7 +84,8 @@ def _header(path: Path, text: bytes) -> dict:
     return header
 
 
-def _without_repetition(pairs: list[tuple[str, object]]) -> dict:
+def without_repetition(pairs: list[tuple[str, object]]) -> dict:
+    """An object of JSON; raises ValueError if a name comes twice, of which a reader would take either."""
     names = [name for name, _ in pairs]
     if len(set(names)) != len(names):
         raise ValueError(f"{next(name for name in names if names.count(name) > 1)} comes twice")

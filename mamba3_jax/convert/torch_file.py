@@ -5,19 +5,20 @@
     NAME/byteorder    "little" or "big"; little where it is absent
     NAME/version      "3"
 
-A pickle is a program. The reader lets it name the few functions below, which rebuild tensors and are written here, and
-refuses any other import before it happens. Every record's CRC is checked.
+A pickle is a program. The reader looks through it before it runs: it may use only the instructions that torch writes,
+nest little, and have no tuples as keys, whose hash recurses without a limit. It may name the few functions below, which
+rebuild tensors and are written here; any other import is refused before it happens. Every record's CRC is checked.
 """
 
-import collections
 import io
 import math
 import mmap
 import pickle
+import pickletools
 import struct
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -40,6 +41,16 @@ ALIGNMENT = 64
 # What the zip module adds to the header of a record of 2 GiB and more.
 ZIP64_EXTRA = 20
 PIECE = 1 << 22
+# Of a record that is read whole; a pickle has some 200 bytes for each tensor.
+MAX_SMALL_RECORD = 1 << 22
+OPCODES = set(
+    "PROTO STOP MARK GLOBAL REDUCE BUILD BINPERSID SETITEM SETITEMS EMPTY_DICT EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 "
+    "NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINUNICODE BINPUT LONG_BINPUT BINGET LONG_BINGET".split()
+)
+# Of a shape, a stride or an offset; its bytes are still an index.
+MAX_NUMBER = 1 << 48
+# A tensor is four deep: a tuple that names a storage, the storage, the arguments, the call.
+MAX_DEPTH = 16
 LOCAL_HEADER = struct.Struct("<4s5H3L2H")
 NO_ZIP = "not a torch file of version 1.6 or later"
 
@@ -85,8 +96,20 @@ class _RebuildParameter:
         return tensor
 
 
+class _Names(dict):
+    """Stands for collections.OrderedDict, without its arguments and the attributes that torch hangs on it."""
+
+    __slots__ = ()
+
+    def __init__(self):
+        super().__init__()
+
+    def __setstate__(self, state: object) -> None:
+        pass
+
+
 ALLOWED = {
-    ("collections", "OrderedDict"): collections.OrderedDict,
+    ("collections", "OrderedDict"): _Names,
     ("torch._utils", "_rebuild_tensor_v2"): _RebuildTensor(),
     ("torch._utils", "_rebuild_parameter"): _RebuildParameter(),
 } | {("torch", name): _Storage(dtype) for name, dtype in STORAGES.items()}
@@ -104,7 +127,63 @@ class _Unpickler(pickle.Unpickler):
         match pid:
             case ("storage", _Storage() as storage, str(key), str(), int(size)) if size >= 0:
                 return _Record(key, storage.dtype, size)
-        raise ValueError(f"got a pickle that asks for storage {pid!r:.80}")
+        raise ValueError(f"got a pickle that asks for a storage by a {type(pid).__name__}; allowed: as torch does")
+
+
+def _check_program(pickled: bytes) -> None:
+    """Walks through the pickle without running it, keeping of every value only how deep it is nested; 0 has no parts.
+
+    Raises:
+        ValueError: an instruction or a nesting that torch does not write.
+    """
+    stack: list[int | None] = []  # None is a mark
+    memo: dict[int, int] = {}
+    for code, argument, _ in _instructions(pickled):
+        if code.name not in OPCODES:
+            raise ValueError(f"got a pickle with the instruction {code.name}; allowed: those that torch.save writes")
+        if code.name in ("BINPUT", "LONG_BINPUT"):
+            if argument > len(pickled):  # the unpickler makes a list as long as the largest
+                raise ValueError(f"got a pickle with a value number {argument}; it has {len(pickled)} bytes")
+            memo[argument] = stack[-1]
+        elif code.name in ("BINGET", "LONG_BINGET"):
+            stack.append(memo[argument])
+        elif code.name == "MARK":
+            stack.append(None)
+        else:
+            parts = _take(stack, code)
+            changes = code.name in ("SETITEM", "SETITEMS", "BUILD")
+            if changes:
+                changed, *parts = parts
+            if code.name in ("SETITEM", "SETITEMS") and any(parts[::2]):
+                raise ValueError("got a pickle with a dict whose key is no text; allowed: tensors by name")
+            depth = max(parts, default=0) + 1 if parts or code.name in ("EMPTY_TUPLE", "EMPTY_DICT") else 0
+            if depth > MAX_DEPTH:
+                raise ValueError(f"got a pickle nested more than {MAX_DEPTH} deep; allowed: tensors by name")
+            if code.stack_after:
+                stack.append(changed if changes else depth)
+
+
+def _instructions(pickled: bytes) -> Iterator[tuple]:
+    try:
+        yield from pickletools.genops(pickled)
+    except ValueError as error:
+        raise ValueError(f"got a damaged file ({error})") from None
+
+
+def _take(stack: list[int | None], code: pickletools.OpcodeInfo) -> list[int]:
+    """Takes an instruction's operands from the stack, lowest first."""
+    before = code.stack_before
+    parts = []
+    if pickletools.markobject in before:
+        while (value := stack.pop()) is not None:
+            parts.append(value)
+        before = before[: before.index(pickletools.markobject)]
+    for _ in before:
+        value = stack.pop()
+        if value is None:
+            raise ValueError("got a damaged file, whose pickle takes a mark for a value")
+        parts.append(value)
+    return parts[::-1]
 
 
 def read_torch(path: Path) -> dict[str, np.ndarray]:
@@ -119,7 +198,9 @@ def read_torch(path: Path) -> dict[str, np.ndarray]:
     with path.open("rb") as file:
         try:
             archive = _Archive(file)
-            described = _Unpickler(io.BytesIO(archive.read("data.pkl"))).load()
+            pickled = archive.read("data.pkl")
+            _check_program(pickled)
+            described = _Unpickler(io.BytesIO(pickled)).load()
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
         except Exception as error:  # whatever a damaged archive or a forged pickle does to the one who reads it
@@ -132,7 +213,7 @@ def read_torch(path: Path) -> dict[str, np.ndarray]:
                 raise ValueError(f"{path}: {name!r:.80}: got {type(tensor).__name__}; allowed: a tensor")
             try:
                 arrays[name] = _view(archive, tensor)
-            except ValueError as error:
+            except (ValueError, OverflowError, RecursionError, MemoryError) as error:
                 raise ValueError(f"{path}: {name}: {error}") from None
     return arrays
 
@@ -141,15 +222,22 @@ def _view(archive: "_Archive", tensor: _Tensor) -> np.ndarray:
     """The tensor, which lies within its storage."""
     record, offset, shape, strides = tensor
     if not (isinstance(record, _Record) and isinstance(shape, tuple) and isinstance(strides, tuple)):
-        raise ValueError(f"got {tensor!r:.120}; allowed: a storage, an offset, a shape and strides")
+        kinds = ", ".join(type(part).__name__ for part in tensor)
+        raise ValueError(f"got {kinds}; allowed: a storage, an offset, a shape and strides")
     numbers = (offset, *shape, *strides)
-    if len(shape) != len(strides) or not all(type(number) is int and number >= 0 for number in numbers):
-        raise ValueError(f"got offset {offset!r}, shape {shape!r:.80}, strides {strides!r:.80}; allowed: integers >= 0")
+    if not all(type(number) is int for number in numbers):
+        kinds = ", ".join(sorted({type(number).__name__ for number in numbers}))
+        raise ValueError(f"got an offset, a shape or strides of {kinds}; allowed: integers >= 0")
+    if len(shape) != len(strides) or not all(0 <= number <= MAX_NUMBER for number in numbers):
+        raise ValueError(
+            f"got offset {offset}, shape {shape!r:.80}, strides {strides!r:.80}; "
+            f"allowed: as many strides as sizes, integers from 0 to {MAX_NUMBER}"
+        )
     storage = archive.storage(record)
     if 0 in shape:
         return np.empty(shape, storage.dtype)
     last = offset + sum((size - 1) * stride for size, stride in zip(shape, strides))
-    if last >= storage.size:
+    if last >= storage.size or math.prod(shape) > storage.size:
         raise ValueError(f"got shape {shape}, strides {strides}, offset {offset} in a storage of {storage.size}")
     steps = tuple(stride * storage.itemsize for stride in strides)
     return np.lib.stride_tricks.as_strided(storage[offset:], shape, steps, writeable=False)
@@ -173,7 +261,11 @@ class _Archive:
 
     def read(self, name: str) -> bytes:
         """A small record, whose CRC the zip module checks."""
-        return self.zip.read(f"{self.root}/{name}")
+        member = self.members[f"{self.root}/{name}"]
+        if member.compress_type != zipfile.ZIP_STORED or member.file_size > MAX_SMALL_RECORD:
+            found = f"{member.file_size} bytes in record {member.filename}"
+            raise ValueError(f"got {found}; allowed: at most {MAX_SMALL_RECORD}, uncompressed")
+        return self.zip.read(member)
 
     def storage(self, record: _Record) -> np.ndarray:
         """A whole storage as a vector, its CRC checked."""

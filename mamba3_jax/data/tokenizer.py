@@ -4,7 +4,8 @@ No tokenizer here puts special tokens around a text, so that a text in two piece
 wants one writes it into the text: "<|begin_of_text|>Once upon a time".
 """
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -18,6 +19,8 @@ UNFINISHED = 3
 # A stream decodes its last tokens again with every new one: at most so many, of which it keeps some as context, because
 # what a token looks like may depend on the one before.
 WINDOW, CONTEXT = 64, 16
+# What documents end with in the tokenizers of published models; the first of them that is one token is taken.
+END_MARKS = ("<|end_of_text|>", "<|endoftext|>", "</s>")
 
 
 @runtime_checkable
@@ -26,9 +29,13 @@ class Tokenizer(Protocol):
 
     Attributes:
         vocab_size: ids are from 0 to vocab_size - 1.
+        prefix: ids that the tokenizer's own file puts before a text, and `encode` does not.
+        end: the id of the mark that documents end with; None if there is none.
     """
 
     vocab_size: int
+    prefix: tuple[int, ...]
+    end: int | None
 
     def encode(self, text: str) -> list[int]:
         """The text's ids, without special tokens around it."""
@@ -41,6 +48,8 @@ class ByteTokenizer:
     """A token is a byte of the text's UTF-8."""
 
     vocab_size = BYTES
+    prefix = ()
+    end = None
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode())
@@ -72,6 +81,11 @@ class JsonTokenizer:
             raise ValueError(f"tokenizer: got {path} ({reason}); allowed: a tokenizer.json") from None
         # Not the number of entries: files with unused ids in between exist.
         self.vocab_size = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+        # Any text would do: what the file's post-processor adds is marked as special, and what comes first is a prefix.
+        processed = self._tokenizer.encode("a")
+        added = itertools.takewhile(lambda pair: pair[1], zip(processed.ids, processed.special_tokens_mask))
+        self.prefix = tuple(id for id, _ in added)
+        self.end = single_token(self.encode, END_MARKS)
 
     def encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False).ids
@@ -111,6 +125,12 @@ class TextStream:
         rest = self._tokenizer.decode(self._ids)[self._shown :]
         self._ids, self._shown = [], 0
         return rest
+
+
+def single_token(encode: Callable[[str], list[int]], marks: Sequence[str]) -> int | None:
+    """The id of the first of the marks that is one token."""
+    found = (ids[0] for ids in map(encode, marks) if len(ids) == 1)
+    return next(found, None)
 
 
 def load_tokenizer(directory: Path) -> Tokenizer:

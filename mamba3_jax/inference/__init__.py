@@ -1,6 +1,6 @@
 """Using a trained model: generation and evaluation."""
 
-from mamba3_jax.inference.generate import Generated, GenerationState, Stream, generate, prefill
+from mamba3_jax.inference.decoding import Generated, GenerationState, Stream, generate, prefill
 from mamba3_jax.inference.sampling import Sampling
 from mamba3_jax.inference.saved_state import load_state, save_state
 

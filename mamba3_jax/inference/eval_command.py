@@ -27,7 +27,7 @@ from mamba3_jax.models.checkpoint import load_model, model_directory
 HARNESS_ROWS = 8
 # Options that mean nothing without another one.
 NEEDS = dict(stride="perplexity", carry_state="perplexity", lengths="perplexity", trained_length="lengths")
-NEEDS |= dict(limit="tasks", num_fewshot="tasks", include_path="tasks")
+NEEDS |= dict(limit="tasks", num_fewshot="tasks", include_path="tasks", add_bos_token="tasks")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +46,7 @@ class EvalConfig:
         limit: examples of each task; None is all.
         num_fewshot: examples in the prompt; None is what each task says.
         include_path: folder of further tasks.
+        add_bos_token: whether texts of tasks begin with the tokenizer's mark of a beginning; None is its own default.
         batch_size: rows per call; None takes about 16384 tokens per call, and 8 rows for tasks.
         results_dir: folder for report.md and summary.json; None only prints.
     """
@@ -61,6 +62,7 @@ class EvalConfig:
     limit: int | None = None
     num_fewshot: int | None = None
     include_path: Path | None = None
+    add_bos_token: bool | None = None
     batch_size: int | None = None
     results_dir: Path | None = None
 
@@ -79,7 +81,7 @@ class EvalConfig:
         if (self.stride is not None) + self.carry_state + bool(self.lengths) > 1:
             raise ValueError("lengths: got more than one of stride, carry_state and lengths; allowed: one of them")
         for name, needed in NEEDS.items():
-            if getattr(self, name) and not getattr(self, needed):
+            if getattr(self, name) != getattr(type(self), name) and not getattr(self, needed):
                 raise ValueError(f"{name}: got {getattr(self, name)} without {needed}; allowed: with {needed}")
         if self.include_path is not None and not self.include_path.is_dir():
             raise ValueError(f"include_path: got {self.include_path}; allowed: a folder")
@@ -111,6 +113,7 @@ def _evaluate(config: EvalConfig, command: str) -> None:
     summary, scores, tables = dict(command=command, model=str(config.model)), {}, []
     if config.tasks is not None:
         options = dict(max_length=config.context, batch_size=config.batch_size or HARNESS_ROWS)
+        options |= dict(add_bos_token=config.add_bos_token)
         adapter = harness.Mamba3LM(model, tokenizer, **options)
         results, tables = harness.evaluate(adapter, tasks, manager, config.limit, config.num_fewshot)
         summary |= results

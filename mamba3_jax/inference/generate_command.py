@@ -18,7 +18,7 @@ import jax
 
 from mamba3_jax.command import fail, parse
 from mamba3_jax.data import TextStream, Tokenizer, check_vocabulary, load_tokenizer
-from mamba3_jax.inference.generate import StateDtype, Stream, prefill
+from mamba3_jax.inference.decoding import StateDtype, Stream, prefill
 from mamba3_jax.inference.sampling import Sampling
 from mamba3_jax.inference.saved_state import load_state, save_state
 from mamba3_jax.models.checkpoint import load_model, model_directory
@@ -38,7 +38,8 @@ class GenerateConfig:
         top_p: draw from the fewest most likely tokens that have this much probability together.
         min_p: draw from the tokens with at least this part of the largest probability.
         repetition_penalty: above 1 makes tokens less likely that the text has had.
-        stop: text of one token that ends a continuation; it is not printed.
+        stop: text of one token that ends a continuation, as the tokenizer's mark of an end always does; neither is
+            printed.
         stop_ids: token ids that do the same.
         seed: prompt i draws with seed + i; default 0, or the resumed state's.
         save_state: file to write the state to, after the last token.
@@ -100,7 +101,8 @@ def _run(config: GenerateConfig) -> int:
     texts = _prompts(config)
     model = load_model(directory, config.dtype)
     check_vocabulary(tokenizer, model.config, directory)
-    stop_tokens = [*config.stop_ids, *_stop_token(config.stop, tokenizer)]
+    end = () if tokenizer.end is None else (tokenizer.end,)
+    stop_tokens = [*end, *config.stop_ids, *_stop_token(config.stop, tokenizer)]
     state = None if config.resume is None else load_state(Path(config.resume), model)
     prompts = None if texts is None else [tokenizer.encode(text) for text in texts]
     loaded = time.perf_counter()

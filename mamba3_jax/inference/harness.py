@@ -3,7 +3,8 @@
     lm_eval.simple_evaluate(model=Mamba3LM(model, tokenizer), tasks=["lambada_openai"])
 
 Requests are sorted by length and padded on the right to a power of two, which changes nothing because the model is
-causal: so few shapes compile, and a result depends neither on the batch size nor on the order of the requests.
+causal: so few shapes compile, and a result depends neither on the batch size nor on the order of the requests, up to
+rounding. What a task draws at random depends on the order, because a request's place in it is its seed.
 """
 
 import dataclasses
@@ -25,7 +26,8 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, make_table, simple_parse_args_string
 
 from mamba3_jax.data import Tokenizer, check_vocabulary, load_tokenizer
-from mamba3_jax.inference.generate import Stream
+from mamba3_jax.data.tokenizer import single_token
+from mamba3_jax.inference.decoding import Stream
 from mamba3_jax.inference.progress import progress
 from mamba3_jax.inference.sampling import Sampling
 from mamba3_jax.inference.scores import score
@@ -34,10 +36,12 @@ from mamba3_jax.models.checkpoint import load_model, model_directory
 
 # Rows are at least so long, so that short requests do not compile for every power of two.
 SHORTEST = 32
-# What a document starts with, and what it ends with, in the tokenizers of published models. The first of them that is
-# one token is taken; bytes have none, and a line break stands before their documents.
+# What a document starts with in the tokenizers of published models that do not say it themselves. The first of them
+# that is one token is taken; bytes have none, and a line break stands before their documents.
 BEGIN_MARKS = ("<|begin_of_text|>", "<s>", "<|endoftext|>", "</s>", "\n")
-END_MARKS = ("<|end_of_text|>", "<|endoftext|>", "</s>")
+# The class' options that may come as model_args, and what they are.
+MODEL_ARGS = dict.fromkeys(("max_length", "batch_size", "max_gen_toks", "prefix_token", "seed"), int)
+MODEL_ARGS |= dict(add_bos_token=bool)
 
 
 class Generation(NamedTuple):
@@ -60,7 +64,10 @@ class Mamba3LM(TemplateLM):
         batch_size: requests per call.
         max_gen_toks: new tokens where a task does not say.
         prefix_token: what an empty context is; None takes the tokenizer's mark of a beginning, or a line break.
-        seed: of sampling, for the tasks that ask for it.
+        add_bos_token: whether texts begin with the tokenizer's mark of a beginning; None does what its tokenizer.json
+            does. A text that holds the mark already gets no other, and nor does what follows an empty context. As in
+            the harness' own class of Hugging Face models, a rolling log-likelihood then scores the mark as well.
+        seed: of sampling, for the tasks that ask for it; request i of those of one kind draws with seed + i.
 
     Raises:
         ValueError: a tokenizer with more ids than the model, a number that is not positive, or no prefix.
@@ -75,6 +82,7 @@ class Mamba3LM(TemplateLM):
         batch_size: int = 8,
         max_gen_toks: int = 256,
         prefix_token: int | None = None,
+        add_bos_token: bool | None = None,
         seed: int = 0,
     ):
         super().__init__()
@@ -88,19 +96,23 @@ class Mamba3LM(TemplateLM):
         self.model, self.text, self.seed = model, tokenizer, seed
         self.max_length, self.batch_size, self.max_gen_toks = max_length, batch_size, max_gen_toks
         self._split = nnx.split(model)
-        self._end = _single_token(tokenizer, END_MARKS)
-        self._prefix = _single_token(tokenizer, BEGIN_MARKS) if prefix_token is None else prefix_token
+        begin = tokenizer.prefix[0] if tokenizer.prefix else single_token(tokenizer.encode, BEGIN_MARKS)
+        self._prefix = begin if prefix_token is None else prefix_token
         if self._prefix is None:
             raise ValueError("prefix_token: got None with a tokenizer without a mark of a beginning; allowed: an id")
+        self._mark = tokenizer.decode([self._prefix])
+        self._special = list(tokenizer.prefix) or [self._prefix]
+        self._add_special = bool(tokenizer.prefix) if add_bos_token is None else add_bos_token
 
     @classmethod
     def from_directory(cls, pretrained: str, **options) -> "Mamba3LM":
-        """The model of a model or run directory; options as strings or numbers, `device` is JAX's own choice."""
+        """The model of a model or run directory; `device` is JAX's own choice."""
         options.pop("device", None)
+        options = {name: _option(name, value) for name, value in options.items()}
         directory = model_directory(Path(pretrained))
         model, tokenizer = load_model(directory), load_tokenizer(directory)
         check_vocabulary(tokenizer, model.config, directory)
-        return cls(model, tokenizer, **{name: int(value) for name, value in options.items()})
+        return cls(model, tokenizer, **options)
 
     @classmethod
     def create_from_arg_obj(cls, arg_dict: dict, additional_config: dict | None = None) -> "Mamba3LM":
@@ -115,15 +127,17 @@ class Mamba3LM(TemplateLM):
 
     @property
     def eot_token_id(self) -> int | None:
-        return self._end
+        return self.text.end
 
     @property
     def prefix_token_id(self) -> int:
         return self._prefix
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs) -> list[int]:
-        """Token ids; special tokens are never added."""
-        return self.text.encode(string)
+        """Token ids; None begins the text with special tokens as the class was told, unless it begins so already."""
+        if add_special_tokens is None:
+            add_special_tokens = self._add_special and not string.startswith(self._mark)
+        return (self._special if add_special_tokens else []) + self.text.encode(string)
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Log-likelihood of whole documents, in the harness' own windows of `max_length`: each token once."""
@@ -174,11 +188,14 @@ class Mamba3LM(TemplateLM):
             kinds.setdefault(_generation(options, self.max_gen_toks), []).append(i)
         batches = []
         for kind, members in kinds.items():
-            for batch in _buckets([len(prompts[i]) for i in members], self.batch_size):
-                batches.append((kind, [members[k] for k in batch]))
+            if kind.sampling.temperature == 0:
+                groups = _buckets([len(prompts[i]) for i in members], self.batch_size)
+            else:  # Row i of a batch draws with its seed + i, so that neighbours must stay together.
+                groups = itertools.batched(range(len(members)), self.batch_size)
+            batches.extend((kind, [members[k] for k in group], self.seed + group[0]) for group in groups)
         results = [""] * len(requests)
-        for number, (kind, batch) in enumerate(_show(batches, "generating", disable_tqdm)):
-            texts = self._generate(kind, [prompts[i] for i in batch], self.seed + number * self.batch_size)
+        for kind, batch, seed in _show(batches, "generating", disable_tqdm):
+            texts = self._generate(kind, [prompts[i] for i in batch], seed)
             for i, text in zip(batch, texts):
                 results[i] = text
                 self.cache_hook.add_partial("generate_until", requests[i].args, text)
@@ -194,12 +211,12 @@ class Mamba3LM(TemplateLM):
             rows,
             max_new_tokens=kind.max_new_tokens,
             sampling=kind.sampling,
-            stop_tokens=() if self._end is None else (self._end,),
+            stop_tokens=() if self.text.end is None else (self.text.end,),
             seed=seed,
         ):
             for ids, more in zip(tokens, new):
                 ids.extend(more)
-            texts = [self.text.decode([t for t in ids if t != self._end]) for ids in tokens]
+            texts = [self.text.decode([t for t in ids if t != self.text.end]) for ids in tokens]
             if kind.until and all(any(mark in text for mark in kind.until) for text in texts):
                 break
         return [_cut(text, kind.until) for text in texts]
@@ -260,10 +277,17 @@ def _plain(value):
     return value.item() if isinstance(value, np.generic) else value
 
 
-def _single_token(tokenizer: Tokenizer, marks: tuple[str, ...]) -> int | None:
-    """The first of the marks that the tokenizer has as one token."""
-    found = (ids[0] for ids in map(tokenizer.encode, marks) if len(ids) == 1)
-    return next(found, None)
+def _option(name: str, value) -> int | bool | None:
+    """An option of MODEL_ARGS; the harness' command line may give a number as text."""
+    if name not in MODEL_ARGS:
+        raise ValueError(f"model_args: got {name}={value}; allowed: pretrained, {', '.join(MODEL_ARGS)}")
+    kind = MODEL_ARGS[name]
+    if kind is int and isinstance(value, str) and value.removeprefix("-").isdecimal():
+        value = int(value)
+    may_be_none = name in ("prefix_token", "add_bos_token")
+    if type(value) is not kind and not (value is None and may_be_none):
+        raise ValueError(f"{name}: got {value!r}; allowed: a {kind.__name__}{' or None' if may_be_none else ''}")
+    return value
 
 
 def _read(context: list[int], continuation: list[int], max_length: int) -> list[int]:
@@ -293,6 +317,8 @@ def _show(steps: list, what: str, silent: bool):
 def _generation(options: dict, max_gen_toks: int) -> Generation:
     """The harness' keywords of generation; those of a kind of decoding that is not here are refused."""
     options = normalize_gen_kwargs(options, max_gen_toks)
+    if options.get("num_beams") == 1:  # tasks say so, and mean no beam search
+        del options["num_beams"]
     until = tuple(mark for mark in options.pop("until") if mark)
     new, sample = options.pop("max_gen_toks"), options.pop("do_sample")
     temperature = options.pop("temperature", 1.0)

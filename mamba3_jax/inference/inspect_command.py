@@ -10,14 +10,13 @@ from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from mamba3_jax.command import fail, parse
 from mamba3_jax.data import check_vocabulary, load_tokenizer
 from mamba3_jax.inference import inspection_report
 from mamba3_jax.inference.inspection import layer_dynamics, parameter_table, state_table
 from mamba3_jax.inference.reports import command_line, environment, read_text, results_folder, write
-from mamba3_jax.models import LM, PRESETS, preset
+from mamba3_jax.models import LM, PRESETS, abstract_model, preset
 from mamba3_jax.models.checkpoint import load_model, model_directory
 from mamba3_jax.tasks.pydoc_bytes import text_of
 
@@ -60,7 +59,7 @@ def _inspect(config: InspectConfig, command: str) -> None:
     began = time.perf_counter()
     layers, text = None, "none: a published size without weights"
     if config.model in PRESETS:
-        model = nnx.eval_shape(lambda: LM(preset(config.model), rngs=nnx.Rngs(0)))
+        model = abstract_model(preset(config.model))
     else:
         model, tokens, text = _load(config)
         layers = layer_dynamics(model, jnp.asarray(tokens, jnp.int32)[None])

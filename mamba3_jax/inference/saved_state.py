@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, UInt
 
-from mamba3_jax.inference.generate import GenerationState
+from mamba3_jax.inference.decoding import SEEDS, GenerationState
 from mamba3_jax.models import LM
 
 FORMAT = "mamba3 generation state, version 1"
@@ -62,26 +62,71 @@ def load_state(path: Path, model: LM) -> GenerationState:
     try:
         # Opened here, because numpy leaves a file open that turns out to be broken.
         with path.open("rb") as file, np.load(file, allow_pickle=False) as members:
-            arrays = dict(members)
-        header = json.loads(str(arrays["header"]))
-        if header["format"] != FORMAT:
-            raise ValueError(f"of format {header['format']!r}")
-        here = fingerprint(model)
-        if header["model"] != here:
-            other = "config" if header["model"]["config"] != here["config"] else "parameters"
-            raise ValueError(f"of a model with another {other}")
-        leaves = [arrays[f"cache_{i}"].view(jnp.dtype(dtype)) for i, dtype in enumerate(header["dtypes"])]
-        structure = jax.tree.structure(model.empty_cache(1, capacity=0))
-        return GenerationState(
-            cache=jax.tree.unflatten(structure, [jnp.asarray(leaf) for leaf in leaves]),
-            pending=jnp.asarray(arrays["pending"]),
-            seen=jnp.asarray(np.unpackbits(arrays["seen"], axis=1, count=model.config.vocab_size).astype(bool)),
-            position=jnp.asarray(arrays["position"]),
-            seed=header["seed"],
-        )
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+            if any(member.compress_type != zipfile.ZIP_STORED for member in members.zip.infolist()):
+                raise ValueError("with compressed arrays, which may be of any size")
+            header = json.loads(str(members["header"]))
+            _check_header(header, model)
+            arrays = {name: members[name] for name in members.files if name != "header"}
+        return _state(header, arrays, model)
+    # A changed file can make any part of the reading fail.
+    except Exception as error:
         reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"state: got {path} ({reason}); allowed: a saved state of this model, whole") from None
+        raise ValueError(f"state: got {path} ({reason:.300}); allowed: a saved state of this model, whole") from None
+
+
+def _check_header(header: dict, model: LM) -> None:
+    if header["format"] != FORMAT:
+        raise ValueError(f"of format {header['format']!r}")
+    here = fingerprint(model)
+    if header["model"] != here:
+        other = "config" if header["model"]["config"] != here["config"] else "parameters"
+        raise ValueError(f"of a model with another {other}")
+    if type(header["seed"]) is not int or not 0 <= header["seed"] < SEEDS:
+        raise ValueError(f"seed {header['seed']!r}, which is not from 0 to {SEEDS - 1}")
+
+
+def _state(header: dict, arrays: dict[str, np.ndarray], model: LM) -> GenerationState:
+    """The state, whose every array is as the model's empty cache has it for as many rows and slots."""
+    v, (b,) = model.config.vocab_size, arrays["pending"].shape
+    # Attention's slots are the axis that follows the capacity: axis 1 of its keys and values.
+    expected, structure = jax.tree.flatten(jax.eval_shape(lambda: model.empty_cache(b, capacity=0)))
+    one_slot = jax.tree.leaves(jax.eval_shape(lambda: model.empty_cache(b, capacity=1)))
+    slotted = [a.shape != c.shape for a, c in zip(expected, one_slot)]
+    if b < 1 or len(header["dtypes"]) != len(expected):
+        raise ValueError(f"of {b} rows and {len(header['dtypes'])} arrays")
+    leaves = [arrays[f"cache_{i}"].view(jnp.dtype(dtype)) for i, dtype in enumerate(header["dtypes"])]
+    slots = {leaf.shape[1] for leaf, has_slots in zip(leaves, slotted) if has_slots}
+    if len(slots) > 1:
+        raise ValueError(f"with {slots} slots in different layers")
+    m = max(slots, default=0)
+    for i, (leaf, empty) in enumerate(zip(leaves, expected)):
+        shape = (b, m, *empty.shape[2:]) if slotted[i] else empty.shape
+        _check(f"cache_{i}", leaf, shape, [empty.dtype, jnp.bfloat16] if empty.dtype == jnp.float32 else [empty.dtype])
+        if jnp.issubdtype(leaf.dtype, jnp.integer):
+            _check_range(f"cache_{i}", leaf, m)
+        elif not np.all(np.isfinite(leaf)):
+            raise ValueError(f"cache_{i} with numbers that are not finite")
+    for name, last in (("pending", v - 1), ("position", np.iinfo(np.int32).max)):
+        _check(name, arrays[name], (b,), [jnp.int32])
+        _check_range(name, arrays[name], last)
+    _check("seen", arrays["seen"], (b, -(-v // 8)), [jnp.uint8])
+    return GenerationState(
+        cache=jax.tree.unflatten(structure, [jnp.asarray(leaf) for leaf in leaves]),
+        pending=jnp.asarray(arrays["pending"]),
+        seen=jnp.asarray(np.unpackbits(arrays["seen"], axis=1, count=v).astype(bool)),
+        position=jnp.asarray(arrays["position"]),
+        seed=header["seed"],
+    )
+
+
+def _check(name: str, a: np.ndarray, shape: tuple[int, ...], dtypes: list) -> None:
+    if a.shape != shape or a.dtype not in dtypes:
+        raise ValueError(f"{name} of {a.dtype} {a.shape}; the model has {jnp.dtype(dtypes[0])} {shape}")
+
+
+def _check_range(name: str, a: np.ndarray, last: int) -> None:
+    if not np.all((a >= 0) & (a <= last)):
+        raise ValueError(f"{name} from {a.min()} to {a.max()}; the model has 0 to {last}")
 
 
 def fingerprint(model: LM) -> dict[str, str]:

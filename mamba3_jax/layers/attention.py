@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from mamba3_jax.checks import check_array, check_choice, check_rank, check_segment_ids
 from mamba3_jax.layers.conv import CausalConv, check_tail
@@ -25,6 +25,8 @@ from mamba3_jax.ops.discretization import document_starts
 from mamba3_jax.ops.rotation import rotate
 
 AttentionRotation = Literal["rope", "none"]
+# Scores of one call of the softmax at most, of all heads: 1 GiB in float32.
+SCORES = 2**28
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,9 +167,9 @@ class Attention(nnx.Module):
         check_tail(state.conv, cfg.conv_width)
         q, k, v, tail = self._project(u, state, segment_ids)
         k, v = _append(state, state.k, k), _append(state, state.v, v)
-        mask, first = _visible(state, t, k.shape[1], segment_ids)
-        y = jax.nn.dot_product_attention(q, k, v, mask=mask)
-        state = state._replace(k=k, v=v, position=state.position + t, first=first, conv=tail)
+        own, first = _visible(state, t, segment_ids)
+        y = _attend(q, k, v, own, first)
+        state = state._replace(k=k, v=v, position=state.position + t, first=first[:, -1], conv=tail)
         return self.out_proj(y.reshape(b, t, -1).astype(u.dtype)), state
 
     def step(self, u: Float[Array, "b d"], state: AttentionState) -> tuple[Float[Array, "b d"], AttentionState]:
@@ -211,13 +213,40 @@ def _append(
 
 
 def _visible(
-    state: AttentionState, t: int, slots: int, segment_ids: Int[Array, "b t"] | None
-) -> tuple[Bool[Array, "b 1 t _"], Int[Array, " b"]]:
-    """Which of the slots each token sees, from its document's first one to its own, and the new state's first."""
+    state: AttentionState, t: int, segment_ids: Int[Array, "b t"] | None
+) -> tuple[Int[Array, "b t"], Int[Array, "b t"]]:
+    """The slots that each token sees: its own, the last one, and the first one, where its document begins."""
     own = state.position[:, None] + jnp.arange(t, dtype=jnp.int32)[None]
-    keys = jnp.arange(slots, dtype=jnp.int32)
     first = jnp.broadcast_to(state.first[:, None], own.shape)
     if segment_ids is not None:
         first = jax.lax.cummax(jnp.where(document_starts(segment_ids), own, first), axis=1)
-    mask = (keys[None, None] >= first[..., None]) & (keys[None, None] <= own[..., None])
-    return mask[:, None], first[:, -1]
+    return own, first
+
+
+def _attend(
+    q: Float[Array, "b t h p"],
+    k: Float[Array, "b m g p"],
+    v: Float[Array, "b m g p"],
+    own: Int[Array, "b t"],
+    first: Int[Array, "b t"],
+) -> Float[Array, "b t h p"]:
+    """Softmax attention over slots `first` to `own`, of so many tokens at a time that their scores fit."""
+    b, t, h, _ = q.shape
+    slots = jnp.arange(k.shape[1], dtype=jnp.int32)[None, None]
+
+    def some(block):
+        q, own, first = block
+        mask = (slots >= first[..., None]) & (slots <= own[..., None])
+        return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None])
+
+    at_once = max(1, SCORES // (b * h * k.shape[1]))
+    if at_once >= t:
+        return some((q, own, first))
+
+    def in_blocks(a):
+        # Tokens that only fill the last block see slot 0, so that no softmax is of nothing.
+        a = jnp.pad(a, [(0, 0), (0, -t % at_once)] + [(0, 0)] * (a.ndim - 2))
+        return jnp.moveaxis(a.reshape(b, -1, at_once, *a.shape[2:]), 1, 0)
+
+    y = jax.lax.map(jax.checkpoint(some), (in_blocks(q), in_blocks(own), in_blocks(first)))
+    return jnp.moveaxis(y, 0, 1).reshape(b, -1, *q.shape[2:])[:, :t]

@@ -2,18 +2,29 @@
 
     model.yaml        the LMConfig
     parameters/       every parameter by its dotted name (orbax), in the dtype that it was given in
+    checksums.json    of each parameter the CRC-32 of its dtype, shape and bytes
     tokenizer.json    the tokenizer, if the model has one that is not bytes
 
 It is written whole or not at all. A run directory keeps the model that it selected as `model/`.
 """
 
+import contextlib
 import dataclasses
+import json
+import logging
+import math
 import shutil
+import tempfile
+import types
+import typing
+import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 import yaml
 from flax import nnx
@@ -21,13 +32,15 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from mamba3_jax.layers import AttentionConfig
 from mamba3_jax.layers.mixers import MIXERS
-from mamba3_jax.models.lm import LM, LMConfig
+from mamba3_jax.models.lm import LM, LMConfig, abstract_model
 
 CONFIG = "model.yaml"
 PARAMETERS = "parameters"
+CHECKSUMS = "checksums.json"
 TOKENIZER = "tokenizer.json"
 # Of a run directory.
 MODEL = "model"
+MAX_INTEGER = 2**31 - 1
 
 
 def save_model(path: Path, config: LMConfig, parameters: dict, tokenizer: Path | None = None) -> None:
@@ -42,22 +55,37 @@ def save_model(path: Path, config: LMConfig, parameters: dict, tokenizer: Path |
     Raises:
         ValueError: `path` holds something already, or the parameters are not those of the config.
     """
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise ValueError(f"path: got {path}, which holds other files; allowed: a new path")
+    check_new("path", path)
     arrays = _dotted(parameters)
     _check_parameters(path, _dotted(_abstract_parameters(config)), arrays)
-    unfinished = path.with_name(path.name + ".unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    try:
+    with whole_directory(path) as unfinished:
         (unfinished / CONFIG).write_text(yaml.safe_dump(config_to_dict(config), sort_keys=False))
+        checksums = {name: _checksum(a) for name, a in arrays.items()}
+        (unfinished / CHECKSUMS).write_text(json.dumps(checksums, indent=1) + "\n")
         if tokenizer is not None:
             shutil.copyfile(tokenizer, unfinished / TOKENIZER)
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save((unfinished / PARAMETERS).absolute(), arrays)
+
+
+def check_new(name: str, path: Path) -> None:
+    """Raises ValueError, under the argument's name, unless a directory can come into being as `path`."""
+    if path.is_symlink() or path.name in ("", ".."):
+        raise ValueError(f"{name}: got {path}, which is a link or has no name; allowed: a new or an empty directory")
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ValueError(f"{name}: got {path}, which is not empty; allowed: a new or an empty directory")
+
+
+@contextlib.contextmanager
+def whole_directory(path: Path) -> Iterator[Path]:
+    """A directory to write into, which becomes `path` if all goes well and vanishes if not."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as holder:
+        # Inside it, because a temporary directory is for its owner alone.
+        unfinished = Path(holder) / path.name
+        unfinished.mkdir()
+        yield unfinished
         unfinished.replace(path)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def load_model(path: Path, dtype: str | None = None) -> LM:
@@ -69,16 +97,29 @@ def load_model(path: Path, dtype: str | None = None) -> LM:
             parameter float32; else each keeps the dtype that it is stored in.
 
     Raises:
-        ValueError: a file is missing or broken, or a parameter is not the config's; with the file and the parameter.
+        ValueError: a file is missing or broken, or a parameter is not the config's or not as it was saved; with the
+            file and the parameter.
     """
     directory = model_directory(path)
     config = read_config(directory)
     if dtype is not None:
         config = dataclasses.replace(config, dtype=dtype)
-    folder = directory / PARAMETERS
-    abstract = nnx.eval_shape(lambda: LM(config, rngs=nnx.Rngs(0)))
-    graph, state = nnx.split(abstract)
-    arrays = _restore(folder, _dotted(nnx.to_pure_dict(state)), jnp.float32 if dtype == "float32" else None)
+    with ocp.StandardCheckpointer() as checkpointer:
+        folder = directory / PARAMETERS
+        stored = _stored(checkpointer, folder)
+        layers = {name.split(".")[1] for name in stored if name.startswith("blocks.")}
+        # Before anything is built for every layer.
+        if config.n_layers > len(layers):
+            raise ValueError(f"{directory / CONFIG}: n_layers: got {config.n_layers}; {folder} has {len(layers)}")
+        try:
+            graph, state = nnx.split(abstract_model(config))
+        except (OverflowError, TypeError, ValueError, MemoryError) as error:
+            raise ValueError(f"{directory / CONFIG}: got sizes that no model has ({_first_line(error)})") from error
+        _check_parameters(folder, _dotted(nnx.to_pure_dict(state)), stored)
+        arrays = _restore(checkpointer, folder, stored)
+    _check_sums(directory, arrays)
+    if dtype == "float32":
+        arrays = {name: a.astype(jnp.float32) for name, a in arrays.items()}
     nnx.replace_by_pure_dict(state, _nested(arrays))
     return nnx.merge(graph, state)
 
@@ -104,7 +145,8 @@ def read_config(path: Path) -> LMConfig:
     file = model_directory(path) / CONFIG
     try:
         return config_from_dict(yaml.safe_load(file.read_text()))
-    except (yaml.YAMLError, ValueError, TypeError, AttributeError, KeyError) as error:
+    # A YAML parser and its values have many ways to fail.
+    except Exception as error:
         raise ValueError(f"{file}: got a broken configuration ({_first_line(error)}); allowed: an LMConfig") from error
 
 
@@ -140,28 +182,78 @@ def _build(config_class: type, values: dict[str, Any], prefix: str):
     for name in values:
         if name not in known:
             raise ValueError(f"{prefix}{name}: got a field that is not known; allowed: {', '.join(known)}")
+    for field in dataclasses.fields(config_class):
+        if field.name in values and not _fits(values[field.name], field.type):
+            got = values[field.name]
+            shown = f"{got!r:.80}" if isinstance(got, bool | int | float | str) else type(got).__name__
+            wanted = getattr(field.type, "__name__", str(field.type)).replace("typing.", "")
+            raise ValueError(f"{prefix}{field.name}: got {shown}; allowed: {wanted}")
     return config_class(**values)
 
 
+def _fits(value: object, annotation: Any) -> bool:
+    """Whether a value is of a field's type; numbers are finite, integers below 2^31."""
+    arguments = typing.get_args(annotation)
+    match typing.get_origin(annotation):
+        case typing.Literal:
+            return isinstance(value, str) and value in arguments
+        case types.UnionType | typing.Union:
+            return any(_fits(value, argument) for argument in arguments)
+        case kind if kind is tuple:
+            return isinstance(value, tuple) and all(_fits(item, arguments[0]) for item in value)
+    if annotation is float:
+        return type(value) in (int, float) and math.isfinite(value)
+    return type(value) is annotation and (annotation is not int or abs(value) <= MAX_INTEGER)
+
+
 def _abstract_parameters(config: LMConfig) -> dict:
-    return nnx.to_pure_dict(nnx.state(nnx.eval_shape(lambda: LM(config, rngs=nnx.Rngs(0))), nnx.Param))
+    return nnx.to_pure_dict(nnx.state(abstract_model(config), nnx.Param))
 
 
-def _restore(folder: Path, expected: dict[str, jax.ShapeDtypeStruct], dtype) -> dict[str, jax.Array]:
-    """The arrays of a checkpoint, which are the expected ones but for their dtype."""
+def _stored(checkpointer: ocp.StandardCheckpointer, folder: Path) -> dict[str, Any]:
+    """Shapes and dtypes of a checkpoint's arrays, by name."""
+    logger = logging.getLogger("absl")
+    before = logger.disabled
+    logger.disabled = True  # the error says it
+    try:
+        return dict(checkpointer.metadata(folder.absolute()).item_metadata.tree)
+    # Which error a broken file ends in is the storage library's own affair; also below.
+    except Exception as error:
+        raise _unreadable(folder, error) from error
+    finally:
+        logger.disabled = before
+
+
+def _restore(checkpointer: ocp.StandardCheckpointer, folder: Path, stored: dict[str, Any]) -> dict[str, jax.Array]:
+    """The arrays, as they are stored."""
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    with ocp.StandardCheckpointer() as checkpointer:
-        try:
-            stored = dict(checkpointer.metadata(folder.absolute()).item_metadata.tree)
-        except (OSError, ValueError, AttributeError, TypeError) as error:
-            raise _unreadable(folder, error) from error
-        _check_parameters(folder, expected, stored)
-        wanted = {n: jax.ShapeDtypeStruct(a.shape, dtype or a.dtype, sharding=device) for n, a in stored.items()}
-        try:
-            return checkpointer.restore(folder.absolute(), wanted)
-        # Which error a broken file ends in is the storage library's own affair.
-        except Exception as error:
-            raise _unreadable(folder, error) from error
+    try:
+        wanted = {n: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=device) for n, a in stored.items()}
+        return checkpointer.restore(folder.absolute(), wanted)
+    except Exception as error:
+        raise _unreadable(folder, error) from error
+
+
+def _checksum(a: Any) -> str:
+    """CRC-32 of an array's dtype, shape and bytes."""
+    data = np.ascontiguousarray(a)
+    crc = zlib.crc32(f"{data.dtype}{np.shape(a)}".encode())
+    return f"{zlib.crc32(data.reshape(-1).view(np.uint8), crc):08x}"
+
+
+def _check_sums(directory: Path, arrays: dict[str, jax.Array]) -> None:
+    """Every parameter has the bits that were saved."""
+    file = directory / CHECKSUMS
+    try:
+        checksums = dict(json.loads(file.read_text()))
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"{file}: got no checksums ({_first_line(error)}); allowed: as save_model writes") from error
+    for name, a in arrays.items():
+        found = _checksum(a)
+        saved = checksums.get(name)
+        if saved != found:
+            where = f"{directory / PARAMETERS}: got {name} with the checksum {found}"
+            raise ValueError(f"{where}; saved with {saved!r:.40}: it was changed")
 
 
 def _check_parameters(path: Path, expected: dict[str, Any], got: dict[str, Any]) -> None:

@@ -55,7 +55,8 @@ class LMConfig:
                 f"attention_layers: got {self.attention_layers} with attention {self.attention}; "
                 "allowed: both, or neither"
             )
-        if list(self.attention_layers) != sorted(set(self.attention_layers) & set(range(self.n_layers))):
+        layers = self.attention_layers
+        if list(layers) != sorted(set(layers)) or not all(0 <= i < self.n_layers for i in layers):
             raise ValueError(
                 f"attention_layers: got {self.attention_layers}; "
                 f"allowed: different layers from 0 to {self.n_layers - 1}, in rising order"
@@ -186,6 +187,11 @@ class LM(nnx.Module):
     def _check_cache(self, cache: Cache) -> None:
         if len(cache) != len(self.blocks):
             raise ValueError(f"cache: got {len(cache)} layers; allowed: the model's {len(self.blocks)}")
+
+
+def abstract_model(config: LMConfig) -> LM:
+    """The model with shapes and dtypes in place of arrays."""
+    return nnx.eval_shape(lambda: LM(config, rngs=nnx.Rngs(0)))
 
 
 def count_parameters(model: nnx.Module) -> int:

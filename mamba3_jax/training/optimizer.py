@@ -1,7 +1,7 @@
-"""AdamW with a decay mask and a warm-up, cosine schedule, usable with one learning rate or a vmapped axis of them."""
+"""AdamW with a decay mask, a warm-up and a schedule, usable with one learning rate or a vmapped axis of them."""
 
 import dataclasses
-from typing import Literal
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +37,8 @@ class OptimizerConfig:
     schedule: Schedule = "cosine"
     end_learning_rate: float = 1e-6
 
+    SCHEDULES: ClassVar[tuple[str, ...]] = ("cosine", "constant")
+
     def __post_init__(self):
         for name in ("weight_decay", "warmup_steps", "end_learning_rate"):
             if getattr(self, name) < 0:
@@ -47,7 +49,35 @@ class OptimizerConfig:
         for name in ("eps", "clip_norm"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name}: got {getattr(self, name)}; allowed: a number > 0")
-        check_choice("schedule", self.schedule, ("cosine", "constant"))
+        check_choice("schedule", self.schedule, self.SCHEDULES)
+
+
+@dataclasses.dataclass(frozen=True)
+class PretrainingOptimizerConfig(OptimizerConfig):
+    """AdamW as language models are trained with it: appendix D.2 of arXiv:2405.21060, which the paper follows.
+
+    Attributes:
+        b2, end_learning_rate: as `OptimizerConfig`'s.
+        schedule: "cosine", "constant", or "wsd": constant until the last `decay_fraction` of the steps, then linear to
+            `end_learning_rate`.
+        peak_learning_rate: after the warm-up.
+        decay_fraction: part of all steps in which "wsd" decays.
+    """
+
+    b2: float = 0.95
+    schedule: Literal["cosine", "constant", "wsd"] = "cosine"
+    end_learning_rate: float = 1e-5
+    peak_learning_rate: float = 1e-3
+    decay_fraction: float = 0.1
+
+    SCHEDULES: ClassVar[tuple[str, ...]] = ("cosine", "constant", "wsd")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.peak_learning_rate <= 0:
+            raise ValueError(f"peak_learning_rate: got {self.peak_learning_rate}; allowed: a number > 0")
+        if not 0 < self.decay_fraction <= 1:
+            raise ValueError(f"decay_fraction: got {self.decay_fraction}; allowed: 0 < decay_fraction <= 1")
 
 
 def learning_rate(
@@ -57,6 +87,10 @@ def learning_rate(
     warm = jnp.minimum(1.0, (step + 1) / max(1, config.warmup_steps))
     if config.schedule == "constant":
         return peak * warm
+    if config.schedule == "wsd":
+        decay_steps = max(1, round(config.decay_fraction * total_steps))
+        left = jnp.clip((total_steps - step) / decay_steps, 0.0, 1.0)
+        return jnp.where(warm < 1, peak * warm, config.end_learning_rate + (peak - config.end_learning_rate) * left)
     progress = jnp.clip((step - config.warmup_steps) / max(1, total_steps - config.warmup_steps), 0.0, 1.0)
     cosine = 0.5 * (1 + jnp.cos(jnp.pi * progress))
     return jnp.where(warm < 1, peak * warm, config.end_learning_rate + (peak - config.end_learning_rate) * cosine)

@@ -22,23 +22,29 @@ class RunDirectory:
     Args:
         path: created if it does not exist.
         config: the configuration as text; the same text resumes.
+        option: what the user calls `path`, for messages.
 
     Raises:
         ValueError: `path` belongs to another configuration, or is not a run directory and not empty.
     """
 
-    def __init__(self, path: Path, config: str):
+    def __init__(self, path: Path, config: str, option: str = "results_dir"):
         self.path = path
         existing = path / CONFIG
         if existing.exists():
-            check_same_config(path, config)
-        elif path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise ValueError(f"results_dir: got {path}, which holds other files; allowed: a run or a new path")
+            check_same_config(path, config, option)
+        elif path.exists() and (not path.is_dir() or any(p.name != CONFIG + ".tmp" for p in path.iterdir())):
+            raise ValueError(f"{option}: got {path}, which holds other files; allowed: a run or a new path")
         path.mkdir(parents=True, exist_ok=True)
         _write_whole(existing, config)
         self._checkpoints = ocp.CheckpointManager(
             (path / CHECKPOINTS).absolute(),
-            options=ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=True),
+            # Named here, so that a checkpoint can be asked for its shapes before it is read.
+            item_handlers=dict(arrays=ocp.StandardCheckpointHandler(), extra=ocp.JsonCheckpointHandler()),
+            # A process that was killed leaves the checkpoint that it was writing under a temporary name.
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=2, enable_async_checkpointing=True, cleanup_tmp_directories=True
+            ),
         )
 
     @property
@@ -50,12 +56,16 @@ class RunDirectory:
         """The newest checkpoint's (arrays, extra), shaped as `like`; None if there is none yet.
 
         Drops the metrics that were written after it.
+
+        Raises:
+            ValueError: the checkpoint's arrays are not those of `like`; with the first that differs.
         """
         step = self.latest_step
         if step is None:
             (self.path / METRICS).unlink(missing_ok=True)
             return None
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+        self._check_shapes(step, abstract)
         restored = self._checkpoints.restore(
             step, args=ocp.args.Composite(arrays=ocp.args.StandardRestore(abstract), extra=ocp.args.JsonRestore())
         )
@@ -69,9 +79,9 @@ class RunDirectory:
             step, args=ocp.args.Composite(arrays=ocp.args.StandardSave(arrays), extra=ocp.args.JsonSave(extra))
         )
 
-    def log(self, record: dict) -> None:
-        """Appends one line to metrics.jsonl."""
-        with (self.path / METRICS).open("a") as file:
+    def log(self, record: dict, name: str = METRICS) -> None:
+        """Appends one line to metrics.jsonl, or to another file, which a resumption does not touch."""
+        with (self.path / name).open("a") as file:
             file.write(json.dumps(record) + "\n")
 
     def metrics(self) -> list[dict]:
@@ -88,12 +98,22 @@ class RunDirectory:
         self._checkpoints.wait_until_finished()
         self._checkpoints.close()
 
+    def _check_shapes(self, step: int, abstract: Any) -> None:
+        stored = _shapes(self._checkpoints.item_metadata(step).arrays.tree)
+        wanted = _shapes(abstract)
+        for name in sorted(stored.keys() | wanted.keys()):
+            if stored.get(name) != wanted.get(name):
+                raise ValueError(
+                    f"{self.path / CHECKPOINTS / str(step)}: got {name} of shape {stored.get(name)}; "
+                    f"allowed: {wanted.get(name)}, as the config's model has it"
+                )
+
     def _truncate_metrics(self, lines: int) -> None:
         kept = (self.path / METRICS).read_text().splitlines(keepends=True)[:lines] if lines else []
         _write_whole(self.path / METRICS, "".join(kept))
 
 
-def check_same_config(path: Path, config: str) -> None:
+def check_same_config(path: Path, config: str, option: str = "results_dir") -> None:
     """Raises ValueError, naming the first difference, if the run directory at `path` is of another configuration."""
     existing = (path / CONFIG).read_text()
     if existing == config:
@@ -101,8 +121,14 @@ def check_same_config(path: Path, config: str) -> None:
     before, now = existing.splitlines(), config.splitlines()
     changed = next((f"{b.strip()!r} there, {n.strip()!r} here" for b, n in zip(before, now) if b != n), "its length")
     raise ValueError(
-        f"results_dir: got {path}, a run of another config ({changed}); allowed: a run of this config, or a new path"
+        f"{option}: got {path}, a run of another config ({changed}); allowed: a run of this config, or a new path"
     )
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    """By the dotted name of each array."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): tuple(leaf.shape) for path, leaf in leaves}
 
 
 def _write_whole(path: Path, text: str) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Int
 
-from mamba3_jax.models import LM, Cache, LMConfig
+from mamba3_jax.models import LM, Cache, LMConfig, abstract_model
 
 Prompt = Sequence[int] | Int[np.ndarray, " _"]
 
@@ -32,12 +32,12 @@ class Piece(NamedTuple):
     Attributes:
         tokens: padded with 0.
         segment_ids: 0 for padding and 1 for the prompt; None where nothing is padded.
-        rows: which rows it is for; the others keep their state.
+        rows: which rows it is for, the others keep their state; None, for `read`, is all of them.
     """
 
     tokens: Int[np.ndarray, "b t"]
     segment_ids: Int[np.ndarray, "b t"] | None
-    rows: Bool[np.ndarray, " b"]
+    rows: Bool[np.ndarray, " b"] | None
 
 
 def pieces(prompts: Sequence[Prompt], size: int, continues: bool) -> Iterator[Piece]:
@@ -78,7 +78,7 @@ def split(model: LM) -> tuple[LMConfig, dict]:
 
 def merge(config: LMConfig, parameters: dict) -> LM:
     """The model again."""
-    return nnx.merge(nnx.graphdef(nnx.eval_shape(lambda: LM(config, rngs=nnx.Rngs(0)))), parameters)
+    return nnx.merge(nnx.graphdef(abstract_model(config)), parameters)
 
 
 @functools.partial(jax.jit, static_argnames="config", donate_argnames="cache")
@@ -88,10 +88,12 @@ def read(config: LMConfig, parameters: dict, cache: Cache, piece: Piece) -> Cach
     return keep(piece.rows, new, cache)
 
 
-def keep(rows: Bool[Array, " b"], new: Cache, old: Cache) -> Cache:
-    """The new state of the rows that are marked, the old state of the others, in the old dtypes."""
+def keep(rows: Bool[Array, " b"] | None, new: Cache, old: Cache) -> Cache:
+    """The new state of the rows that are marked (None: of all), the old state of the others, in the old dtypes."""
 
     def choose(new, old):
+        if rows is None:
+            return new.astype(old.dtype)
         return jnp.where(jnp.expand_dims(rows, range(1, old.ndim)), new.astype(old.dtype), old)
 
     return jax.tree.map(choose, new, old)

@@ -1,6 +1,6 @@
 """Text from a model: prompts in, tokens out, with a state of fixed size in between.
 
-The device runs two compiled functions: `prefill.read`, one program per size of a piece, and `_decode`, a loop that
+The device runs two compiled functions: `reading.read`, one program per size of a piece, and `_decode`, a loop that
 draws up to SLICE tokens of every row. Both are compiled anew for another model, batch size or kind of sampling, and not
 for other prompts, seeds, numbers of tokens or temperatures; attention's slots, which come in multiples of SLOTS, are
 part of the program. The host dispatches a slice before it reads the one before, so that the device need not wait.
@@ -22,10 +22,10 @@ import numpy as np
 from jaxtyping import Array, Bool, Int, Key, UInt
 
 from mamba3_jax.checks import check_choice
-from mamba3_jax.inference.prefill import Prompt, keep, merge, pieces, read, split
+from mamba3_jax.inference.reading import Prompt, keep, merge, pieces, read, split
 from mamba3_jax.inference.sampling import Filters, Sampling, sample
 from mamba3_jax.layers import AttentionState, MixerState
-from mamba3_jax.models import LM, Cache, LMConfig
+from mamba3_jax.models import LM, Cache, LMConfig, abstract_model
 
 SLICE = 32  # tokens of a call of the device's loop at most; a stream asks for fewer
 STREAM_SLICE = 8
@@ -147,9 +147,9 @@ class Stream:
         self._seed = state.seed
         self._slice_tokens = slice_tokens
         self._remaining = max_new_tokens
-        cache = _with_dtype(_reserve(state.cache, max_new_tokens), jnp.dtype(state_dtype))
+        cache = _own(_reserve(state.cache, max_new_tokens), state_dtype)
         # Where all rows end together none has to be kept while others go on.
-        ended = _copy(cache) if stop_tokens and b > 1 else None
+        ended = _own(cache, state_dtype) if stop_tokens and b > 1 else None
         self._rows = _Rows(cache, ended, state.pending, state.seen, state.position, done=jnp.zeros(b, bool))
         self._finished = False
 
@@ -204,7 +204,7 @@ def prefill(
     v = model.config.vocab_size
     if state is None:
         prompts = _checked(prompts, v, may_be_empty=False)
-        first = _empty_state(model, len(prompts))
+        first = GenerationState(*_nothing(model.config, len(prompts)), seed=0)
         unread = [prompt[:-1] for prompt in prompts]
     else:
         _check_state(model, state)
@@ -303,17 +303,19 @@ _keep = jax.jit(keep)
 def _read(model: LM, cache: Cache, calls: list) -> Cache:
     """The cache after all calls, in buffers of its own, which may be donated."""
     slots = sum((call.rows * call.tokens.shape[1] for call in calls), np.zeros(1, int)).max()
-    cache = _copy(_with_dtype(_reserve(cache, int(slots)), jnp.dtype("float32")))
+    cache = _own(_reserve(cache, int(slots)), "float32")
     config, parameters = split(model)
     for call in calls:
-        cache = read(config, parameters, cache, call)
+        # Without rows to keep the old state is not needed beside the new one.
+        cache = read(config, parameters, cache, call._replace(rows=None) if call.rows.all() else call)
     return cache
 
 
-def _empty_state(model: LM, b: int) -> GenerationState:
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _nothing(config: LMConfig, b: int) -> tuple[Cache, Int[Array, " b"], Bool[Array, "b v"], Int[Array, " b"]]:
+    """The arrays of a `GenerationState` before the first token."""
     nothing = jnp.zeros(b, jnp.int32)
-    seen = jnp.zeros((b, model.config.vocab_size), bool)
-    return GenerationState(model.empty_cache(b, capacity=0), nothing, seen, nothing, seed=0)
+    return abstract_model(config).empty_cache(b, capacity=0), nothing, jnp.zeros((b, config.vocab_size), bool), nothing
 
 
 def _checked(prompts: Sequence[Prompt] | None, v: int, may_be_empty: bool) -> list[Int[np.ndarray, " _"]]:
@@ -342,15 +344,16 @@ def _reserve(cache: Cache, tokens: int) -> Cache:
     return tuple(grow(state) for state in cache)
 
 
-def _with_dtype(cache: Cache, dtype: jnp.dtype) -> Cache:
-    """The cache with SSM states of a dtype; angles are sums over the whole text and stay in float32."""
+@functools.partial(jax.jit, static_argnames="dtype")
+def _own(cache: Cache, dtype: StateDtype) -> Cache:
+    """A copy, which may be donated, with SSM states of a dtype; angles are sums over the whole text: always float32."""
 
     def cast(state):
         if not isinstance(state, MixerState):
             return state
         return state._replace(ssm=state.ssm.map(lambda a: a.astype(dtype))._replace(angle=state.ssm.angle))
 
-    return tuple(cast(state) for state in cache)
+    return jax.tree.map(jnp.copy, tuple(cast(state) for state in cache))
 
 
 def _sizes(cache: Cache) -> list[tuple]:
@@ -361,7 +364,3 @@ def _sizes(cache: Cache) -> list[tuple]:
         return type(state).__name__, [a.shape[2 if id(a) in slotted else 1 :] for a in jax.tree.leaves(state)]
 
     return [sizes(state) for state in cache]
-
-
-def _copy(arrays):
-    return jax.tree.map(jnp.copy, arrays)

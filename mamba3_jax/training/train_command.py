@@ -1,0 +1,82 @@
+"""`mamba3 train --config FILE --run_dir DIR`: pretrains a language model; the same command resumes it.
+
+mamba3 train --config configs/lm/tiny_cpu.yaml --run_dir runs/tiny          the built-in corpus, on a CPU in minutes
+mamba3 train --config configs/lm/tiny_cpu.yaml --run_dir runs/b --init_from runs/tiny    from those weights
+mamba3 generate runs/tiny --prompt "The for statement "
+"""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from mamba3_jax.command import fail, parse
+from mamba3_jax.data.pipeline import Data, open_data
+from mamba3_jax.models import LMConfig, abstract_model
+from mamba3_jax.models.checkpoint import load_model
+from mamba3_jax.training.config import TrainConfig
+from mamba3_jax.training.loop import Run, TrainingStopped, train
+from mamba3_jax.training.run_directory import CONFIG, RunDirectory, check_same_config
+
+# What a shell expects of a command that Ctrl-C ended.
+INTERRUPTED = 130
+
+
+def main(argv: list[str]) -> int:
+    """Runs the command; returns the exit status."""
+    config = parse("train", TrainConfig, argv)
+    try:
+        run = _open(config)
+    except ValueError as error:
+        fail(" ".join(str(error).split()))
+    except OSError as error:
+        fail(f"run_dir: got {config.run_dir} ({error.strerror}); allowed: a folder that can be written")
+    try:
+        train(run)
+    except TrainingStopped as error:
+        fail(str(error))
+    except KeyboardInterrupt:
+        print(f"interrupted; the same command resumes {config.run_dir} from its last checkpoint")
+        return INTERRUPTED
+    print(f"{config.run_dir}: {config.steps} steps; mamba3 generate {config.run_dir} --prompt ... continues a text")
+    return 0
+
+
+def _open(config: TrainConfig) -> Run:
+    """Everything that can be wrong with the command is noticed here, before any step and before any file is written."""
+    path = Path(config.run_dir)
+    resumed = (path / CONFIG).exists()
+    if resumed:
+        check_same_config(path, config.text, "run_dir")
+    data = open_data(config.data)
+    model = config.model.lm(config.model.vocab_size or data.vocab_size)
+    _check_vocabulary(data, model)
+    parameters = None if config.init_from is None or resumed else _initial(Path(config.init_from), model)
+    return Run(config, data, RunDirectory(path, config.text, "run_dir"), parameters)
+
+
+def _check_vocabulary(data: Data, model: LMConfig) -> None:
+    if data.vocab_size > model.vocab_size:
+        raise ValueError(
+            f"model.vocab_size: got {model.vocab_size} for data whose token ids go up to {data.vocab_size - 1}; "
+            f"allowed: at least {data.vocab_size}"
+        )
+
+
+def _initial(path: Path, model: LMConfig) -> nnx.State:
+    """The weights of another model, which must have the arrays of this one."""
+    parameters = nnx.state(load_model(path), nnx.Param)
+    wanted = _shapes(nnx.state(abstract_model(model), nnx.Param))
+    got = _shapes(parameters)
+    for name in sorted(wanted.keys() | got.keys()):
+        if wanted.get(name) != got.get(name):
+            raise ValueError(
+                f"init_from: got {path} with {name} of shape {got.get(name)}; "
+                f"allowed: {wanted.get(name)}, as model says"
+            )
+    return jax.tree.map(lambda p: jnp.asarray(p, jnp.float32), parameters)
+
+
+def _shapes(parameters: nnx.State) -> dict[str, tuple[int, ...]]:
+    return {".".join(map(str, path)): variable.shape for path, variable in nnx.to_flat_state(parameters)}
