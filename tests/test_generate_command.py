@@ -140,6 +140,7 @@ ERRORS = {
     "tokens": (["--prompt=a", "--max_new_tokens=0"], "max_new_tokens: got 0; allowed: a positive integer"),
     "no such file": (["--prompts_file=none.txt"], "prompts_file: got none.txt (No such file or directory); allowed:"),
     "no such state": (["--resume=none.npz"], "state: got none.npz (No such file or directory); allowed:"),
+    "no such folder": (["--prompt=a", "--save_state=none/a.npz"], "save_state: got 'none/a.npz'; allowed: a file in a"),
     "option": (["--prompt=a", "--temprature=1"], "temprature"),
 }
 
@@ -153,6 +154,14 @@ def test_a_mistake_is_one_line(case, run, capsys, tmp_path, monkeypatch):
     out, err = capsys.readouterr()
     assert end.value.code == 2 and out == "" and err.count("\n") == 1
     assert message in err if case == "option" else err.startswith(message)
+
+
+def test_a_line_of_the_prompts_file_ends_at_its_newline_alone(run, capsys, tmp_path):
+    """Not at the other characters that Python counts as ends of lines."""
+    (tmp_path / "prompts.txt").write_text("a\x0cb\n\u2028c\n", encoding="utf-8")
+    assert main(["generate", str(run), f"--prompts_file={tmp_path}/prompts.txt", "--max_new_tokens=2"]) == 0
+    lines = capsys.readouterr().out.rstrip("\n").split("\n")
+    assert [json.loads(line)["prompt"] for line in lines] == ["a\x0cb", "\u2028c"]
 
 
 def test_an_empty_line_or_another_directory_is_one_line(run, capsys, tmp_path):

@@ -174,12 +174,22 @@ def test_the_command_prints_and_writes_the_tables(directory, tmp_path, capsys):
     assert cli.main(line) == 0
     assert {path.name for path in out.iterdir()} == {"summary.json", "report.md", "layers.png"}
     report, summary = (out / "report.md").read_text(), json.loads((out / "summary.json").read_text())
-    assert capsys.readouterr().out.startswith(report)
+    # A terminal shows no figure.
+    shown = "\n".join(line for line in report.splitlines() if "layers.png" not in line)
+    assert capsys.readouterr().out.startswith(shown) and "(layers.png)" in report
     total = count_parameters(nnx.eval_shape(lambda: LM(HYBRID, rngs=nnx.Rngs(0))))
     assert f" {total:,} |" in report and sum(row["parameters"] for row in summary["parameters"]) == total
     assert f"Measured on 64 tokens of {tmp_path / 'text'}." in report
     assert [layer["kind"] for layer in summary["layers"]] == ["Mamba3", "Attention", "Mamba3"]
     assert f"{summary['layers'][0]['half_life']['median']:.3g} |" in report
+
+
+def test_a_results_folder_that_cannot_be_written_is_one_line(directory, tmp_path, capsys):
+    (tmp_path / "report.md").mkdir()
+    with pytest.raises(SystemExit) as end:
+        cli.main(["inspect", str(directory), "--tokens", "40", "--results_dir", str(tmp_path)])
+    message = capsys.readouterr().err
+    assert end.value.code == 2 and message.count("\n") == 1 and message.startswith(f"results_dir: got {tmp_path} (")
 
 
 def test_the_command_has_a_text_of_its_own_and_takes_random_tokens_where_there_is_no_text(directory, capsys):

@@ -1,6 +1,7 @@
 """Kernel latency: bytes and operations by hand, timed functions that compute what they say, rows that resume."""
 
 import dataclasses
+import functools
 import json
 
 import jax
@@ -156,8 +157,9 @@ def test_what_cannot_be_measured_is_said_and_what_failed_is_tried_again(tmp_path
 
 def test_rows_of_other_code_or_settings_are_measured_again(tmp_path):
     """Settings are what a figure depends on; which cells there are is none of them."""
-    assert kernel_latency.identity(TINY) == kernel_latency.identity(dataclasses.replace(TINY, lengths=(32,)))
-    assert kernel_latency.identity(TINY) != kernel_latency.identity(dataclasses.replace(TINY, repeats=3))
+    identity = functools.partial(kernel_latency.identity, folders=kernel_latency.CODE)
+    assert identity(TINY) == identity(dataclasses.replace(TINY, lengths=(32,)))
+    assert identity(TINY) != identity(dataclasses.replace(TINY, repeats=3))
     assert run(tmp_path, "--only=ceiling,copy,*") == 0
     [row] = stored(tmp_path)
     (tmp_path / "metrics.jsonl").write_text(json.dumps(row | dict(code="another")) + "\n")

@@ -294,12 +294,14 @@ def test_decay_rate_is_at_most_minus_the_floor(activation, operator_arguments):
     np.testing.assert_allclose(A, -np.maximum(formula, 1e-3), rtol=1e-6)
 
 
-def test_step_size_and_angular_velocity_are_what_the_operator_gets(operator_arguments):
+def test_dynamics_are_what_the_operator_gets(operator_arguments):
     mixer = Mamba3(Mamba3Config(**SMALL, angle_bound=2.0), rngs=nnx.Rngs(0))
     u = jnp.asarray(tokens(T), jnp.float32)
     given = operator_arguments(mixer, u)
-    assert_close(jax.jit(mixer.step_size)(u), given["dt"], 1e-6)
-    assert_close(jax.jit(mixer.angular_velocity)(u), given["omega"][:, :, 0], 1e-6)
+    found = jax.jit(mixer.dynamics)(u)
+    assert found.keys() == {"dt", "A", "lam", "omega"}
+    for name, value in found.items():
+        assert_close(value, given[name], 1e-6)
 
 
 @pytest.mark.parametrize("low, high, floor", [(1e-3, 0.1, 1e-3), (1e-6, 1e-2, 1e-4)])

@@ -21,10 +21,12 @@ from flax import nnx
 
 from bigram import Bigram
 from mamba3_jax.cli import main as mamba3
+from mamba3_jax.command import parse
 from mamba3_jax.data.pipeline import DataConfig, TokenBatch, batches, open_data
 from mamba3_jax.layers import AttentionConfig, GatedDeltaNetConfig, Mamba2Config, Mamba3Config, Undecayed
 from mamba3_jax.models import LM, LMConfig
 from mamba3_jax.models.checkpoint import load_model, read_config, save_model
+from mamba3_jax.training.config import TrainConfig
 from mamba3_jax.training.loop import Run
 from mamba3_jax.training.optimizer import PretrainingOptimizerConfig, learning_rate
 from mamba3_jax.training.run_directory import RunDirectory
@@ -382,6 +384,11 @@ def test_the_bigram_baseline_is_a_distribution_and_a_good_one():
     # c(0) = 2, both of them 1; three pairs were seen, one of them before 1: q(1) = 2 / 7
     assert p[0, 1] == pytest.approx(1.25 / 2 + 0.75 / 2 * 2 / 7) and p[3, 3] == pytest.approx(1 / 7)
     assert 8 < bigram_perplexity(DataConfig()) < 16
+
+
+def test_the_readmes_config_is_one():
+    config = parse("train", TrainConfig, ["--config", str(ROOT / "configs/lm/tiny_cpu.yaml")])
+    assert config.data == DataConfig(context=256, batch_size=16) and config.model.lm(256).mixer.d_model == 96
 
 
 @pytest.mark.skipif("MAMBA3_SLOW" not in os.environ, reason="minutes of training; MAMBA3_SLOW=1 runs it")

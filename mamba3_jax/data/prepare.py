@@ -1,8 +1,8 @@
 """`mamba3 prepare-data SOURCE [SOURCE ...] --destination DIR`: text to token shards, for `mamba3 train`.
 
-mamba3 prepare-data notes/ book.txt web.jsonl.gz --destination data/mine --tokenizer bpe:4096
-mamba3 prepare-data hf:HuggingFaceFW/fineweb-edu:sample-10BT --destination data/edu --tokenizer tokenizer.json
-mamba3 prepare-data pydoc --destination data/pydoc
+    mamba3 prepare-data notes/ book.txt web.jsonl.gz --destination data/mine --tokenizer bpe:4096
+    mamba3 prepare-data hf:HuggingFaceFW/fineweb-edu:sample-10BT --destination data/edu --tokenizer tokenizer.json
+    mamba3 prepare-data pydoc --destination data/pydoc
 
 The sources are read once (twice for a tokenizer that is trained on the spot), and memory does not grow with them, only
 with the longest document. Nothing is at the destination unless everything is.

@@ -1,8 +1,8 @@
 """`mamba3 eval MODEL`: the perplexity of a text, or tasks of lm-evaluation-harness.
 
-mamba3 eval MODEL --perplexity FILE [--context 2048 --stride 1024 | --carry_state true]
-mamba3 eval MODEL --perplexity FILE --lengths '[1024,2048,4096]' [--trained_length 2048]
-mamba3 eval MODEL --tasks lambada_openai,hellaswag [--limit 100] [--num_fewshot 5] [--include_path DIR]
+    mamba3 eval MODEL --perplexity FILE [--context 2048 --stride 1024 | --carry_state true]
+    mamba3 eval MODEL --perplexity FILE --lengths '[1024,2048,4096]' [--trained_length 2048]
+    mamba3 eval MODEL --tasks lambada_openai,hellaswag [--limit 100] [--num_fewshot 5] [--include_path DIR]
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from mamba3_jax.inference.perplexity import (
     perplexity,
     perplexity_with_state,
 )
-from mamba3_jax.inference.reports import command_line, environment, read_text, results_folder, write
+from mamba3_jax.inference.reports import command_line, environment, on_terminal, read_text, results_folder, write
 from mamba3_jax.models import LM
 from mamba3_jax.models.checkpoint import load_model, model_directory
 
@@ -92,8 +92,10 @@ def main(argv: list[str]) -> int:
     config = parse("eval", EvalConfig, argv, positional="model")
     try:
         _evaluate(config, command_line(["eval", *argv]))
-    except ValueError as error:
+    except (ValueError, NotImplementedError) as error:
         fail(str(error))
+    except OSError as error:
+        fail(f"results_dir: got {config.results_dir} ({error.strerror}); allowed: a folder that can be written")
     return 0
 
 
@@ -122,7 +124,7 @@ def _evaluate(config: EvalConfig, command: str) -> None:
         summary |= dict(text=str(config.perplexity), vocab_size=model.config.vocab_size, **found)
     summary |= dict(seconds=round(time.perf_counter() - began, 1), **environment())
     report = perplexity_report.report(summary) if config.tasks is None else _harness_report(summary, tables)
-    print(report)
+    print(on_terminal(report))
     if folder is not None:
         figures = {"perplexity.png": perplexity_report.plot(scores, config.trained_length)} if scores else {}
         write(folder, report, summary, figures)

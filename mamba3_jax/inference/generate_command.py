@@ -1,10 +1,10 @@
 """`mamba3 generate MODEL --prompt TEXT`: text from a model, on the terminal as it arrives.
 
-mamba3 generate runs/tiny --prompt "Once upon" --top_p 0.9 --stats true
-mamba3 generate runs/tiny --prompt - < story.txt                              the prompt from stdin
-mamba3 generate runs/tiny --prompts_file prompts.txt                          one JSON line per line of the file
-mamba3 generate runs/tiny --prompt "My name is Ada." --save_state ada.npz     and on, later, without the first text:
-mamba3 generate runs/tiny --resume ada.npz --prompt " My name is"
+    mamba3 generate runs/tiny --prompt "Once upon" --top_p 0.9 --stats true
+    mamba3 generate runs/tiny --prompt - < story.txt                              the prompt from stdin
+    mamba3 generate runs/tiny --prompts_file prompts.txt                          one JSON line per line of the file
+    mamba3 generate runs/tiny --prompt "My name is Ada." --save_state ada.npz     and on, later, without the first text:
+    mamba3 generate runs/tiny --resume ada.npz --prompt " My name is"
 """
 
 import dataclasses
@@ -74,6 +74,11 @@ class GenerateConfig:
             raise ValueError("prompt: got one and a prompts_file; allowed: one of them")
         if self.prompt is None and self.prompts_file is None and self.resume is None:
             raise ValueError("prompt: got none; allowed: a text, or --prompts_file, or --resume")
+        # Found out before the tokens, not after them.
+        if self.save_state is not None and (
+            not Path(self.save_state).name or not Path(self.save_state).absolute().parent.is_dir()
+        ):
+            raise ValueError(f"save_state: got {self.save_state!r}; allowed: a file in a folder that exists")
 
     @property
     def sampling(self) -> Sampling:
@@ -86,10 +91,12 @@ def main(argv: list[str]) -> int:
     config = parse("generate", GenerateConfig, argv, positional="model")
     try:
         return _run(config)
-    except ValueError as error:
+    except (ValueError, NotImplementedError) as error:
         fail(str(error))
     except KeyboardInterrupt:
         print(flush=True)
+        if config.save_state is not None:
+            print(f"save_state: {config.save_state} is not written, because the text was cut short", file=sys.stderr)
         return 130
 
 
@@ -167,7 +174,8 @@ def _prompts(config: GenerateConfig) -> list[str] | None:
             return None
         return [sys.stdin.read() if config.prompt == "-" else config.prompt]
     try:
-        lines = Path(config.prompts_file).read_text().splitlines()
+        # Other characters that Python counts as ends of lines may stand in a prompt.
+        lines = Path(config.prompts_file).read_text(encoding="utf-8").removesuffix("\n").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8"
         raise ValueError(f"prompts_file: got {config.prompts_file} ({reason}); allowed: a text file") from None

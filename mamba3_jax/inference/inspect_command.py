@@ -1,7 +1,7 @@
 """`mamba3 inspect MODEL`: parameters by module, state per sequence, decays and angles on a text.
 
-mamba3 inspect DIRECTORY [--text FILE] [--results_dir DIR]
-mamba3 inspect mamba3-siso-1.5b          a published size: shapes only
+    mamba3 inspect DIRECTORY [--text FILE] [--results_dir DIR]
+    mamba3 inspect mamba3-siso-1.5b          a published size: shapes only
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from mamba3_jax.command import fail, parse
 from mamba3_jax.data import check_vocabulary, load_tokenizer
 from mamba3_jax.inference import inspection_report
 from mamba3_jax.inference.inspection import layer_dynamics, parameter_table, state_table
-from mamba3_jax.inference.reports import command_line, environment, read_text, results_folder, write
+from mamba3_jax.inference.reports import command_line, environment, on_terminal, read_text, results_folder, write
 from mamba3_jax.models import LM, PRESETS, abstract_model, preset
 from mamba3_jax.models.checkpoint import load_model, model_directory
 from mamba3_jax.tasks.pydoc_bytes import text_of
@@ -50,8 +50,10 @@ def main(argv: list[str]) -> int:
     config = parse("inspect", InspectConfig, argv, positional="model")
     try:
         _inspect(config, command_line(["inspect", *argv]))
-    except ValueError as error:
+    except (ValueError, NotImplementedError) as error:
         fail(str(error))
+    except OSError as error:
+        fail(f"results_dir: got {config.results_dir} ({error.strerror}); allowed: a folder that can be written")
     return 0
 
 
@@ -73,7 +75,7 @@ def _inspect(config: InspectConfig, command: str) -> None:
         **environment(),
     )
     report = inspection_report.report(summary)
-    print(report)
+    print(on_terminal(report))
     if folder is not None:
         figures = {"layers.png": inspection_report.plot(layers)} if layers else {}
         write(folder, report, summary, figures)

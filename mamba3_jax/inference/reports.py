@@ -24,6 +24,11 @@ def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     return "\n".join([line(cells[0]), line(rule), *map(line, cells[1:])])
 
 
+def on_terminal(report: str) -> str:
+    """A report without its figures."""
+    return "\n".join(line for line in report.splitlines() if not line.startswith("!["))
+
+
 def command_line(argv: Sequence[str]) -> str:
     """How to repeat a command of `mamba3`."""
     return shlex.join(["uv", "run", "mamba3", *argv])

@@ -1,12 +1,12 @@
 """The Mamba-3 mixer, SISO and MIMO: sections 3.1 to 3.4 of arXiv:2603.15569.
 
-[z, x, B, C, dt, A, trap, angle] = in_proj(u)
-dt     = softplus(dt + dt_bias)
-A      = -max(act(A), A_floor)          act: softplus or heavy_tail
-lambda = sigmoid(trap)                  or fixed: 1/2, or 1 for exponential-Euler
-omega  = pi tanh(angle)
-B, C   = RMSNorm(B), RMSNorm(C)         their biases are added inside the operator, before the rotation
-u'     = out_proj(ssm(x, B, C, dt, A, lambda, omega, ...))
+    [z, x, B, C, dt, A, trap, angle] = in_proj(u)
+    dt     = softplus(dt + dt_bias)
+    A      = -max(act(A), A_floor)          act: softplus or heavy_tail
+    lambda = sigmoid(trap)                  or fixed: 1/2, or 1 for exponential-Euler
+    omega  = pi tanh(angle)
+    B, C   = RMSNorm(B), RMSNorm(C)         their biases are added inside the operator, before the rotation
+    u'     = out_proj(ssm(x, B, C, dt, A, lambda, omega, ...))
 """
 
 import dataclasses

@@ -1,8 +1,8 @@
 """`mamba3 train --config FILE --run_dir DIR`: pretrains a language model; the same command resumes it.
 
-mamba3 train --config configs/lm/tiny_cpu.yaml --run_dir runs/tiny          the built-in corpus, on a CPU in minutes
-mamba3 train --config configs/lm/tiny_cpu.yaml --run_dir runs/b --init_from runs/tiny    from those weights
-mamba3 generate runs/tiny --prompt "The for statement "
+    mamba3 train --config configs/lm/tiny_cpu.yaml --run_dir runs/tiny          the built-in corpus, on a CPU in minutes
+    mamba3 train --config configs/lm/tiny_cpu.yaml --run_dir runs/b --init_from runs/tiny    from those weights
+    mamba3 generate runs/tiny --prompt "The for statement "
 """
 
 from pathlib import Path
