@@ -273,7 +273,7 @@ def operator_arguments(monkeypatch):
 
         def run(u):
             mixer(u)
-            return {name: given[name] for name in ("A", "dt", "omega")}
+            return {name: given[name] for name in ("A", "dt", "lam", "omega")}
 
         monkeypatch.setattr(mamba3, "ssm", spy)
         return jax.jit(run)(u)
