@@ -22,9 +22,9 @@ from experiments import report
 from experiments.command import Command
 from experiments.models import ModelConfig
 from experiments.sweep import CurriculumConfig, Sweep, check_memory
-from experiments.training import INTERRUPTED, Schedule, Training, evaluate, train
+from experiments.training import Schedule, Training, evaluate, train
 from mamba3_jax.checks import check_choice
-from mamba3_jax.command import fail
+from mamba3_jax.command import INTERRUPTED, fail
 from mamba3_jax.layers import Mamba3Config
 from mamba3_jax.models.checkpoint import MODEL, save_model
 from mamba3_jax.tasks import RETRIEVAL_TASKS, TASKS, TEXT_TASKS, Batch, Task, get_task, unscaled_accuracy

@@ -24,8 +24,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.command import Command, parse, results_folder
-from mamba3_jax.command import fail
+from experiments.command import Command, parse
+from mamba3_jax.command import fail, results_folder
 
 COLUMNS = ("forward_ms", "forward_backward_ms", "forward_temp_mb", "forward_backward_temp_mb")
 # Of the rows whose cost per token is compared.
@@ -139,7 +139,7 @@ def measure(run, arrays: dict[str, jax.Array], repeats: int) -> dict[str, float]
 def main(argv: list[str]) -> int:
     """The command; returns the exit status."""
     command = parse("chunked_latency", Config, argv)
-    config, folder = command.config, results_folder(command)
+    config, folder = command.config, results_folder(command.results_dir)
     forms = {"chunked": measure(ours(), inputs(**config.shape), config.repeats)}
     for size in config.chunk_sizes:
         forms[f"chunked, chunk {size}"] = measure(ours(size), inputs(**config.shape), config.repeats)

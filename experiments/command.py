@@ -10,6 +10,8 @@ import yaml
 from mamba3_jax.command import fail, instantiate, one_line, option_parser
 
 RESULTS = Path("results")
+# Options of the report alone: the rows that it shows are in the same folder.
+REPORTING = ("measure", "peers")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,15 +97,6 @@ def _without(option: str, argv: list[str]) -> list[str]:
     return kept
 
 
-def results_folder(command: Command) -> Path:
-    """The results directory, made if it is not there; one line and status 2 if it cannot be."""
-    try:
-        command.results_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        fail(f"results_dir: got {command.results_dir} ({error.strerror}); allowed: a folder that can be written")
-    return command.results_dir
-
-
 def to_dict(config) -> dict:
     """A configuration as plain YAML values."""
     return {k: list(v) if isinstance(v, tuple) else to_dict(v) if isinstance(v, dict) else v
@@ -112,7 +105,8 @@ def to_dict(config) -> dict:
 
 def _default_name(name: str, files: list[str], base: dict, config: dict) -> str:
     before, after = flatten(base), flatten(config)
-    changed = [f"{key}={value}" for key, value in after.items() if before.get(key) != value]
+    different = {key: value for key, value in after.items() if before.get(key) != value}
+    changed = [f"{key}={value}" for key, value in different.items() if key not in REPORTING]
     return ",".join([Path(files[-1]).stem if files else name, *changed]).replace("/", "_").replace(" ", "")
 
 

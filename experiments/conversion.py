@@ -21,7 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from experiments.command import parse, results_folder
+from experiments.command import parse
+from mamba3_jax.command import results_folder
 from mamba3_jax.convert.files import read_tensors
 from mamba3_jax.convert.released import write_released
 from mamba3_jax.layers import Mamba3Config
@@ -55,7 +56,7 @@ def main(argv: list[str]) -> int:
     """The command; returns the exit status, 1 if what came back is not what went in."""
     command = parse("conversion", Config, argv, cells=True)
     config = dataclasses.replace(command.config, model=TINY) if command.smoke else command.config
-    folder = results_folder(command)
+    folder = results_folder(command.results_dir)
     rows = []
     for form in config.forms:
         with tempfile.TemporaryDirectory(dir=folder) as scratch:

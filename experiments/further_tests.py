@@ -14,9 +14,9 @@ from jaxtyping import PRNGKeyArray
 from experiments import grid
 from experiments.command import Command
 from experiments.grid import Cell, GridConfig
-from experiments.training import INTERRUPTED, Training, evaluate
+from experiments.training import Training, evaluate
 from mamba3_jax.checks import check_choice
-from mamba3_jax.command import fail
+from mamba3_jax.command import INTERRUPTED, fail
 from mamba3_jax.tasks import Batch, Task, induction_heads, needle
 from mamba3_jax.tasks.induction_heads import TEST_LENGTHS
 from mamba3_jax.training.run_directory import RunDirectory

@@ -32,8 +32,8 @@ import numpy as np
 from flax import nnx
 
 from experiments import kernel_latency
-from experiments.command import parse, results_folder
-from mamba3_jax.command import fail
+from experiments.command import parse
+from mamba3_jax.command import fail, results_folder
 from mamba3_jax.inference import GenerationState, Sampling, Stream, generate, prefill
 from mamba3_jax.layers import Mamba3Config
 from mamba3_jax.models import LM, PRESETS, LMConfig, abstract_model, preset
@@ -223,7 +223,7 @@ def main(argv: list[str]) -> int:
     command = parse("generation_latency", Config, argv, cells=True)
     if command.smoke:
         command = dataclasses.replace(command, config=dataclasses.replace(command.config, **SMOKE))
-    config, folder = command.config, results_folder(command)
+    config, folder = command.config, results_folder(command.results_dir)
     path = folder / "metrics.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     if config.measure:

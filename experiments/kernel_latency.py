@@ -34,10 +34,10 @@ import jax
 import numpy as np
 
 from experiments import kernel_report
-from experiments.command import parse, results_folder
+from experiments.command import parse
 from experiments.kernel_programs import Cell, Shape, arrays, cells, counts, forward_backward, program, size
 from experiments.sweep import memory_available
-from mamba3_jax.command import fail
+from mamba3_jax.command import fail, results_folder
 
 ROOT = Path(__file__).resolve().parent.parent
 CODE = ("mamba3_jax/ops", "pallas")
@@ -249,7 +249,7 @@ def main(argv: list[str]) -> int:
     command = parse("kernel_latency", Config, argv, cells=True)
     if command.smoke:
         command = dataclasses.replace(command, config=dataclasses.replace(command.config, **SMOKE))
-    config, folder = command.config, results_folder(command)
+    config, folder = command.config, results_folder(command.results_dir)
     peers = kernel_report.read_peers(config.peers)
     path = folder / "metrics.jsonl"
     stored = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []

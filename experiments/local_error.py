@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import matplotlib
 import numpy as np
 
-from experiments.command import Command, parse, results_folder
+from experiments.command import Command, parse
 from experiments.orders import (
     FIXED,
     FREE,
@@ -35,6 +35,7 @@ from experiments.orders import (
     slope,
     theory,
 )
+from mamba3_jax.command import results_folder
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (after the backend is chosen)
@@ -43,7 +44,7 @@ import matplotlib.pyplot as plt  # noqa: E402  (after the backend is chosen)
 def main(argv: list[str]) -> int:
     """The command; returns the exit status."""
     command = parse("local_error", Config, argv)
-    directory = results_folder(command)
+    directory = results_folder(command.results_dir)
     summary = run(command)
     (directory / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     plot(directory / "order.png", command.config, summary)

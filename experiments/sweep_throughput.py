@@ -15,10 +15,11 @@ import time
 
 import jax
 
-from experiments.command import Command, parse, results_folder
+from experiments.command import Command, parse
 from experiments.models import ModelConfig
 from experiments.state_tracking import LEARNING_RATES
 from experiments.sweep import CurriculumConfig, Sweep
+from mamba3_jax.command import results_folder
 from mamba3_jax.tasks import get_task
 from mamba3_jax.training.optimizer import OptimizerConfig
 
@@ -58,7 +59,7 @@ class Config:
 def main(argv: list[str]) -> int:
     """The command; returns the exit status."""
     command = parse("sweep_throughput", Config, argv)
-    folder = results_folder(command)
+    folder = results_folder(command.results_dir)
     with jax.default_matmul_precision("highest"):
         rows = [
             _measure(command.config, task, n_layers, d_model, length)

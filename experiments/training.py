@@ -1,11 +1,9 @@
 """A sweep from first to last step: intervals, validation, each run's best parameters, checkpoints, interrupts."""
 
-import contextlib
 import dataclasses
 import math
-import signal
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from typing import Literal
 
 import jax
@@ -16,10 +14,9 @@ from flax import nnx
 from experiments.progress import progress
 from experiments.sweep import Runs, Sweep
 from mamba3_jax.tasks import Batch
+from mamba3_jax.training.interrupts import interrupts
 from mamba3_jax.training.run_directory import RunDirectory
 
-# What a shell expects of a command that Ctrl-C ended.
-INTERRUPTED = 130
 Score = dict[str, float]
 
 
@@ -189,24 +186,6 @@ def evaluate(sweep: Sweep, parameters: nnx.State, batches: list[Batch]) -> dict[
 
 
 SCORES = ("accuracy", "loss")
-
-
-@contextlib.contextmanager
-def interrupts() -> Iterator[list[int]]:
-    """A list that becomes true at the first Ctrl-C or SIGTERM; the second one interrupts at once."""
-    received: list[int] = []
-
-    def handler(number, frame):
-        received.append(number)
-        print("finishing this interval, to save it; again stops at once", flush=True)
-        signal.signal(number, signal.default_int_handler)
-
-    before: dict[int, Callable | int | None] = {n: signal.signal(n, handler) for n in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for number, original in before.items():
-            signal.signal(number, original)
 
 
 def _rank(scores: dict[str, Score], schedule: Schedule) -> tuple[float, float]:

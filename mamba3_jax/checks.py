@@ -32,6 +32,17 @@ def check_array(name: str, value, letters: str, sizes: dict[str, int], kind=jnp.
         raise TypeError(f"{name}: got dtype {value.dtype}; allowed: a {kind.__name__} dtype")
 
 
+def check_shapes(what: str, got: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]]) -> None:
+    """Arrays by name that must be a model's: the first that is missing, new or of another shape is an error."""
+    for name in sorted(expected.keys() | got.keys()):
+        if name not in got:
+            raise ValueError(f"{what}: got no {name}; allowed: every array of the config's model")
+        if name not in expected:
+            raise ValueError(f"{what}: got {name}; allowed: the arrays of the config's model, which has no such one")
+        if got[name] != expected[name]:
+            raise ValueError(f"{what}: got {name} of shape {got[name]}; allowed: {expected[name]}")
+
+
 def check_segment_ids(segment_ids, sizes: dict[str, int]) -> None:
     """Ids (b, t) of packed documents, or None; that they never decrease is checked where they are concrete."""
     if segment_ids is None:

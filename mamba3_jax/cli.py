@@ -19,11 +19,9 @@ import importlib
 import sys
 from pathlib import Path
 
-from mamba3_jax.command import fail
+from mamba3_jax.command import INTERRUPTED, fail
 
 ROOT = Path(__file__).resolve().parent.parent
-# What a shell expects of a command that Ctrl-C ended.
-INTERRUPTED = 130
 COMMANDS = {
     "prepare-data": "mamba3_jax.data.prepare",
     "train": "mamba3_jax.training.train_command",

@@ -2,8 +2,12 @@
 
 import dataclasses
 import sys
+from pathlib import Path
 
 import jsonargparse
+
+# What a shell expects of a command that Ctrl-C ended.
+INTERRUPTED = 130
 
 
 def parse[Config](name: str, config_class: type[Config], argv: list[str], *, positional: str | None = None) -> Config:
@@ -64,6 +68,15 @@ def one_line(error: Exception, config_class: type) -> str:
     if any(text in message for text in ("does not accept option", "unrecognized arguments", "is not accepted")):
         message += f"; allowed: {', '.join(_options(config_class))}"
     return message
+
+
+def results_folder(path: Path) -> Path:
+    """The folder for results, made if it is not there; one line and status 2 if it cannot be."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(f"results_dir: got {path} ({error.strerror}); allowed: a folder that can be written")
+    return path
 
 
 def fail(message: str) -> None:

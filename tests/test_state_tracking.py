@@ -19,8 +19,8 @@ from flax import nnx
 from experiments import cell, command, grid, report, state_tracking
 from experiments.models import Mixer, ModelConfig
 from experiments.sweep import CurriculumConfig, Sweep
-from experiments.training import INTERRUPTED
 from mamba3_jax import cli
+from mamba3_jax.command import INTERRUPTED
 from mamba3_jax.layers import Mamba3Config
 from mamba3_jax.models import LM, LMConfig
 from mamba3_jax.models.checkpoint import load_model

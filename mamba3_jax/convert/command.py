@@ -27,18 +27,11 @@ from mamba3_jax.convert.released_config import (
     unrecorded,
 )
 from mamba3_jax.data.tokenizer import JsonTokenizer
+from mamba3_jax.files import check_new, whole_directory
 from mamba3_jax.layers.mamba3 import AActivation
 from mamba3_jax.models import LMConfig
 from mamba3_jax.models.checkpoint import CONFIG as MODEL_CONFIG
-from mamba3_jax.models.checkpoint import (
-    MODEL,
-    TOKENIZER,
-    check_new,
-    load_model,
-    model_directory,
-    save_model,
-    whole_directory,
-)
+from mamba3_jax.models.checkpoint import MODEL, TOKENIZER, load_model, model_directory, save_model
 
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 DOWNLOADED = [CONFIG, TOKENIZER, "*.safetensors", "pytorch_model*.bin", "*.index.json"]

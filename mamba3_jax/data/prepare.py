@@ -8,11 +8,9 @@ The sources are read once (twice for a tokenizer that is trained on the spot), a
 with the longest document. Nothing is at the destination unless everything is.
 """
 
-import contextlib
 import dataclasses
 import itertools
 import json
-import tempfile
 import time
 import zlib
 from collections import Counter
@@ -27,6 +25,7 @@ from mamba3_jax.command import fail, parse
 from mamba3_jax.data.corpus import TRAIN, Corpus, Document, split_of
 from mamba3_jax.data.shards import BYTES_TOKENIZER, Manifest, ShardWriter, write_manifest
 from mamba3_jax.data.tokenizer import BYTES, ByteTokenizer, JsonTokenizer, Tokenizer
+from mamba3_jax.files import whole_directory
 from mamba3_jax.models.checkpoint import TOKENIZER
 
 BPE = "bpe:"
@@ -102,7 +101,7 @@ def prepare(config: PrepareConfig) -> Manifest:
     """
     began = time.perf_counter()
     corpus = Corpus(config.sources, config.field, config.extensions)
-    with _whole(config.destination) as folder:
+    with whole_directory(config.destination) as folder:
         tokenizer, encode = _tokenizer(config, corpus, folder)
         manifest = _manifest(config, tokenizer, folder)
         seen = _Seen(began)
@@ -280,14 +279,3 @@ class _Seen:
         print(f"vocab_size: {manifest.vocab_size}, {self._characters / self._tokens:.2f} characters per token")
         seconds = time.perf_counter() - self._began
         print(f"wrote {config.destination} in {seconds:.1f} s, {self._tokens / seconds:,.0f} tokens/s")
-
-
-@contextlib.contextmanager
-def _whole(destination: Path) -> Iterator[Path]:
-    """A folder to write into, which becomes the destination if all goes well and vanishes if not."""
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{destination.name}.", dir=destination.parent) as holder:
-        temporary = Path(holder) / destination.name
-        temporary.mkdir()
-        yield temporary
-        temporary.replace(destination)

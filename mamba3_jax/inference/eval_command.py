@@ -9,7 +9,7 @@ import dataclasses
 import time
 from pathlib import Path
 
-from mamba3_jax.command import fail, parse
+from mamba3_jax.command import fail, parse, results_folder
 from mamba3_jax.data import ByteTokenizer, Tokenizer, check_vocabulary, load_tokenizer
 from mamba3_jax.inference import perplexity_report
 from mamba3_jax.inference.perplexity import (
@@ -19,7 +19,7 @@ from mamba3_jax.inference.perplexity import (
     perplexity,
     perplexity_with_state,
 )
-from mamba3_jax.inference.reports import command_line, environment, on_terminal, read_text, results_folder, write
+from mamba3_jax.inference.reports import command_line, environment, on_terminal, read_text, write
 from mamba3_jax.models import LM
 from mamba3_jax.models.checkpoint import load_model, model_directory
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import jax
 
-from mamba3_jax.command import fail, parse
+from mamba3_jax.command import INTERRUPTED, fail, parse
 from mamba3_jax.data import TextStream, Tokenizer, check_vocabulary, load_tokenizer
 from mamba3_jax.inference.decoding import StateDtype, Stream, prefill
 from mamba3_jax.inference.sampling import Sampling
@@ -97,7 +97,7 @@ def main(argv: list[str]) -> int:
         print(flush=True)
         if config.save_state is not None:
             print(f"save_state: {config.save_state} is not written, because the text was cut short", file=sys.stderr)
-        return 130
+        return INTERRUPTED
 
 
 def _run(config: GenerateConfig) -> int:

@@ -11,11 +11,11 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
-from mamba3_jax.command import fail, parse
+from mamba3_jax.command import fail, parse, results_folder
 from mamba3_jax.data import check_vocabulary, load_tokenizer
 from mamba3_jax.inference import inspection_report
 from mamba3_jax.inference.inspection import layer_dynamics, parameter_table, state_table
-from mamba3_jax.inference.reports import command_line, environment, on_terminal, read_text, results_folder, write
+from mamba3_jax.inference.reports import command_line, environment, on_terminal, read_text, write
 from mamba3_jax.models import LM, PRESETS, abstract_model, preset
 from mamba3_jax.models.checkpoint import load_model, model_directory
 from mamba3_jax.tasks.pydoc_bytes import text_of

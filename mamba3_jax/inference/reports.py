@@ -53,15 +53,6 @@ def read_text(name: str, path: Path) -> str:
     return text
 
 
-def results_folder(path: Path) -> Path:
-    """The folder, made if it is not there; raises ValueError if it cannot be."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"results_dir: got {path} ({error.strerror}); allowed: a folder that can be written") from None
-    return path
-
-
 def write(folder: Path, report: str, summary: dict, figures: dict[str, Figure]) -> None:
     """report.md, summary.json and the figures by their names."""
     for name, figure in figures.items():

@@ -16,6 +16,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, UInt
 
+from mamba3_jax.files import whole_file
 from mamba3_jax.inference.decoding import SEEDS, GenerationState
 from mamba3_jax.models import LM
 
@@ -42,13 +43,10 @@ def save_state(path: Path, model: LM, state: GenerationState) -> None:
         seen=np.packbits(np.asarray(state.seen), axis=1),
     )
     arrays |= {f"cache_{i}": a.view(np.uint16) if a.dtype == jnp.bfloat16 else a for i, a in enumerate(leaves)}
-    temporary = path.with_name(path.name + ".tmp")
     try:
-        with temporary.open("wb") as file:
+        with whole_file(path) as temporary, temporary.open("wb") as file:
             np.savez(file, **arrays)
-        temporary.replace(path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise ValueError(f"state: got {path} ({error.strerror}); allowed: a file that can be written") from None
 
 

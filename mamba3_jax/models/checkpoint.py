@@ -2,34 +2,31 @@
 
     model.yaml        the LMConfig
     parameters/       every parameter by its dotted name (orbax), in the dtype that it was given in
-    checksums.json    of each parameter the CRC-32 of its dtype, shape and bytes
+    checksums.json    the CRC-32 of every file of parameters/
     tokenizer.json    the tokenizer, if the model has one that is not bytes
 
 It is written whole or not at all. A run directory keeps the model that it selected as `model/`.
 """
 
-import contextlib
 import dataclasses
 import json
-import logging
 import math
 import shutil
-import tempfile
 import types
 import typing
 import zlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
 import yaml
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from mamba3_jax.checks import check_shapes
+from mamba3_jax.files import check_new, whole_directory
 from mamba3_jax.layers import AttentionConfig
 from mamba3_jax.layers.mixers import MIXERS
 from mamba3_jax.models.lm import LM, LMConfig, abstract_model
@@ -60,32 +57,11 @@ def save_model(path: Path, config: LMConfig, parameters: dict, tokenizer: Path |
     _check_parameters(path, _dotted(_abstract_parameters(config)), arrays)
     with whole_directory(path) as unfinished:
         (unfinished / CONFIG).write_text(yaml.safe_dump(config_to_dict(config), sort_keys=False))
-        checksums = {name: _checksum(a) for name, a in arrays.items()}
-        (unfinished / CHECKSUMS).write_text(json.dumps(checksums, indent=1) + "\n")
         if tokenizer is not None:
             shutil.copyfile(tokenizer, unfinished / TOKENIZER)
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save((unfinished / PARAMETERS).absolute(), arrays)
-
-
-def check_new(name: str, path: Path) -> None:
-    """Raises ValueError, under the argument's name, unless a directory can come into being as `path`."""
-    if path.is_symlink() or path.name in ("", ".."):
-        raise ValueError(f"{name}: got {path}, which is a link or has no name; allowed: a new or an empty directory")
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise ValueError(f"{name}: got {path}, which is not empty; allowed: a new or an empty directory")
-
-
-@contextlib.contextmanager
-def whole_directory(path: Path) -> Iterator[Path]:
-    """A directory to write into, which becomes `path` if all goes well and vanishes if not."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as holder:
-        # Inside it, because a temporary directory is for its owner alone.
-        unfinished = Path(holder) / path.name
-        unfinished.mkdir()
-        yield unfinished
-        unfinished.replace(path)
+        (unfinished / CHECKSUMS).write_text(json.dumps(_checksums(unfinished / PARAMETERS), indent=1) + "\n")
 
 
 def load_model(path: Path, dtype: str | None = None) -> LM:
@@ -97,16 +73,17 @@ def load_model(path: Path, dtype: str | None = None) -> LM:
             parameter float32; else each keeps the dtype that it is stored in.
 
     Raises:
-        ValueError: a file is missing or broken, or a parameter is not the config's or not as it was saved; with the
-            file and the parameter.
+        ValueError: a file is missing, broken or not as it was saved, or a parameter is not the config's; with the file
+            and the parameter.
     """
     directory = model_directory(path)
     config = read_config(directory)
     if dtype is not None:
         config = dataclasses.replace(config, dtype=dtype)
+    _check_files(directory)
     with ocp.StandardCheckpointer() as checkpointer:
         folder = directory / PARAMETERS
-        stored = _stored(checkpointer, folder)
+        stored = dict(checkpointer.metadata(folder.absolute()).item_metadata.tree)
         layers = {name.split(".")[1] for name in stored if name.startswith("blocks.")}
         # Before anything is built for every layer.
         if config.n_layers > len(layers):
@@ -116,10 +93,10 @@ def load_model(path: Path, dtype: str | None = None) -> LM:
         except (OverflowError, TypeError, ValueError, MemoryError) as error:
             raise ValueError(f"{directory / CONFIG}: got sizes that no model has ({_first_line(error)})") from error
         _check_parameters(folder, _dotted(nnx.to_pure_dict(state)), stored)
-        arrays = _restore(checkpointer, folder, stored)
-    _check_sums(directory, arrays)
-    if dtype == "float32":
-        arrays = {name: a.astype(jnp.float32) for name, a in arrays.items()}
+        device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        cast = jnp.float32 if dtype == "float32" else None
+        wanted = {name: jax.ShapeDtypeStruct(a.shape, cast or a.dtype, sharding=device) for name, a in stored.items()}
+        arrays = checkpointer.restore(folder.absolute(), wanted)
     nnx.replace_by_pure_dict(state, _nested(arrays))
     return nnx.merge(graph, state)
 
@@ -210,60 +187,38 @@ def _abstract_parameters(config: LMConfig) -> dict:
     return nnx.to_pure_dict(nnx.state(abstract_model(config), nnx.Param))
 
 
-def _stored(checkpointer: ocp.StandardCheckpointer, folder: Path) -> dict[str, Any]:
-    """Shapes and dtypes of a checkpoint's arrays, by name."""
-    logger = logging.getLogger("absl")
-    before = logger.disabled
-    logger.disabled = True  # the error says it
+def _checksums(folder: Path) -> dict[str, str]:
+    """The CRC-32 of every file below a folder."""
+    sums = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        crc = 0
+        with path.open("rb") as file:
+            while block := file.read(2**20):
+                crc = zlib.crc32(block, crc)
+        sums[path.relative_to(folder).as_posix()] = f"{crc:08x}"
+    return sums
+
+
+def _check_files(directory: Path) -> None:
+    """Raises ValueError unless the files of the parameters are, bit for bit, those that were saved.
+
+    Before they are read: the storage library finds some changes only, and not in one line.
+    """
+    file, folder = directory / CHECKSUMS, directory / PARAMETERS
     try:
-        return dict(checkpointer.metadata(folder.absolute()).item_metadata.tree)
-    # Which error a broken file ends in is the storage library's own affair; also below.
-    except Exception as error:
-        raise _unreadable(folder, error) from error
-    finally:
-        logger.disabled = before
-
-
-def _restore(checkpointer: ocp.StandardCheckpointer, folder: Path, stored: dict[str, Any]) -> dict[str, jax.Array]:
-    """The arrays, as they are stored."""
-    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    try:
-        wanted = {n: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=device) for n, a in stored.items()}
-        return checkpointer.restore(folder.absolute(), wanted)
-    except Exception as error:
-        raise _unreadable(folder, error) from error
-
-
-def _checksum(a: Any) -> str:
-    """CRC-32 of an array's dtype, shape and bytes."""
-    data = np.ascontiguousarray(a)
-    crc = zlib.crc32(f"{data.dtype}{np.shape(a)}".encode())
-    return f"{zlib.crc32(data.reshape(-1).view(np.uint8), crc):08x}"
-
-
-def _check_sums(directory: Path, arrays: dict[str, jax.Array]) -> None:
-    """Every parameter has the bits that were saved."""
-    file = directory / CHECKSUMS
-    try:
-        checksums = dict(json.loads(file.read_text()))
+        saved = dict(json.loads(file.read_text()))
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{file}: got no checksums ({_first_line(error)}); allowed: as save_model writes") from error
-    for name, a in arrays.items():
-        found = _checksum(a)
-        saved = checksums.get(name)
-        if saved != found:
-            where = f"{directory / PARAMETERS}: got {name} with the checksum {found}"
-            raise ValueError(f"{where}; saved with {saved!r:.40}: it was changed")
+    found = _checksums(folder)
+    for name in sorted(saved.keys() | found.keys()):
+        if name not in found:
+            raise ValueError(f"{folder / name}: got no such file; allowed: every file that was saved")
+        if saved.get(name) != found[name]:
+            raise ValueError(f"{folder / name}: got a file that was changed since it was saved; allowed: as it was")
 
 
 def _check_parameters(path: Path, expected: dict[str, Any], got: dict[str, Any]) -> None:
-    for name in sorted(expected.keys() | got.keys()):
-        if name not in got:
-            raise ValueError(f"{path}: got no {name}; allowed: every parameter of the config")
-        if name not in expected:
-            raise ValueError(f"{path}: got {name}; allowed: the parameters of the config, which has no such one")
-        if tuple(got[name].shape) != tuple(expected[name].shape):
-            raise ValueError(f"{path}: got {name} of shape {tuple(got[name].shape)}; allowed: {expected[name].shape}")
+    check_shapes(str(path), *({name: tuple(a.shape) for name, a in arrays.items()} for arrays in (got, expected)))
 
 
 def _dotted(parameters: dict) -> dict[str, Any]:
@@ -274,10 +229,6 @@ def _nested(arrays: dict[str, Any]) -> dict:
     """The inverse: list indices are numbers again."""
     paths = {tuple(int(part) if part.isdigit() else part for part in name.split(".")): a for name, a in arrays.items()}
     return unflatten_dict(paths)
-
-
-def _unreadable(folder: Path, error: Exception) -> ValueError:
-    return ValueError(f"{folder}: got files that cannot be read ({_first_line(error)}); allowed: whole ones")
 
 
 def _first_line(error: Exception) -> str:

@@ -7,8 +7,6 @@ writes, in the end, the bytes of one that was not. What depends on time goes to 
 
 import contextlib
 import math
-import signal
-from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
@@ -18,6 +16,7 @@ from mamba3_jax.data.pipeline import BatchIterator, Data, TokenBatch, batches
 from mamba3_jax.models.checkpoint import MODEL, save_model
 from mamba3_jax.training.config import TrainConfig
 from mamba3_jax.training.flops import train_flops
+from mamba3_jax.training.interrupts import interrupts
 from mamba3_jax.training.metrics import Clock, finite, line_of, plot_loss, progress
 from mamba3_jax.training.run_directory import RunDirectory
 from mamba3_jax.training.state import abstract_state, init_state, place, shardings
@@ -232,21 +231,3 @@ def train(run: Run) -> None:
     finally:
         run.close()
     run.finish()
-
-
-@contextlib.contextmanager
-def interrupts() -> Iterator[list[int]]:
-    """A list that becomes true at the first Ctrl-C or SIGTERM; the second one interrupts at once."""
-    received: list[int] = []
-
-    def handler(number, frame):
-        received.append(number)
-        print("finishing this step, to save it; again stops at once", flush=True)
-        signal.signal(number, signal.default_int_handler)
-
-    before: dict[int, Callable | int | None] = {n: signal.signal(n, handler) for n in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for number, original in before.items():
-            signal.signal(number, original)

@@ -10,6 +10,7 @@ import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 
+from mamba3_jax.files import whole_file
 from mamba3_jax.training.flops import peak_flops
 
 
@@ -120,9 +121,8 @@ def plot_loss(records: list[dict], path: Path) -> None:
     axes.set(xlabel="step", ylabel="loss (nats per token)")
     axes.legend()
     axes.grid(alpha=0.3)
-    unfinished = path.with_name(path.name + ".unfinished")
-    figure.savefig(unfinished, dpi=120, format="png")
-    unfinished.replace(path)
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, dpi=120, format="png")
 
 
 def finite(value: float) -> float | None:

@@ -11,6 +11,9 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+from mamba3_jax.checks import check_shapes
+from mamba3_jax.files import unfinished, whole_file
+
 CHECKPOINTS = "checkpoints"
 CONFIG = "config.yaml"
 METRICS = "metrics.jsonl"
@@ -33,10 +36,10 @@ class RunDirectory:
         existing = path / CONFIG
         if existing.exists():
             check_same_config(path, config, option)
-        elif path.exists() and (not path.is_dir() or any(p.name != CONFIG + ".tmp" for p in path.iterdir())):
+        elif path.exists() and (not path.is_dir() or any(p != unfinished(existing) for p in path.iterdir())):
             raise ValueError(f"{option}: got {path}, which holds other files; allowed: a run or a new path")
         path.mkdir(parents=True, exist_ok=True)
-        _write_whole(existing, config)
+        self.write(CONFIG, config)
         self._checkpoints = ocp.CheckpointManager(
             (path / CHECKPOINTS).absolute(),
             # Named here, so that a checkpoint can be asked for its shapes before it is read.
@@ -91,7 +94,8 @@ class RunDirectory:
 
     def write(self, name: str, text: str) -> None:
         """Writes a file whole or not at all."""
-        _write_whole(self.path / name, text)
+        with whole_file(self.path / name) as temporary:
+            temporary.write_text(text)
 
     def close(self) -> None:
         """Waits until the checkpoints are on disk."""
@@ -100,17 +104,11 @@ class RunDirectory:
 
     def _check_shapes(self, step: int, abstract: Any) -> None:
         stored = _shapes(self._checkpoints.item_metadata(step).arrays.tree)
-        wanted = _shapes(abstract)
-        for name in sorted(stored.keys() | wanted.keys()):
-            if stored.get(name) != wanted.get(name):
-                raise ValueError(
-                    f"{self.path / CHECKPOINTS / str(step)}: got {name} of shape {stored.get(name)}; "
-                    f"allowed: {wanted.get(name)}, as the config's model has it"
-                )
+        check_shapes(f"{self.path / CHECKPOINTS / str(step)}", stored, _shapes(abstract))
 
     def _truncate_metrics(self, lines: int) -> None:
         kept = (self.path / METRICS).read_text().splitlines(keepends=True)[:lines] if lines else []
-        _write_whole(self.path / METRICS, "".join(kept))
+        self.write(METRICS, "".join(kept))
 
 
 def check_same_config(path: Path, config: str, option: str = "results_dir") -> None:
@@ -129,9 +127,3 @@ def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
     """By the dotted name of each array."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="."): tuple(leaf.shape) for path, leaf in leaves}
-
-
-def _write_whole(path: Path, text: str) -> None:
-    temporary = path.with_suffix(path.suffix + ".tmp")
-    temporary.write_text(text)
-    temporary.replace(path)

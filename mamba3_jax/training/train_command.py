@@ -11,16 +11,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mamba3_jax.command import fail, parse
+from mamba3_jax.checks import check_shapes
+from mamba3_jax.command import INTERRUPTED, fail, parse
 from mamba3_jax.data.pipeline import Data, open_data
 from mamba3_jax.models import LMConfig, abstract_model
 from mamba3_jax.models.checkpoint import load_model
 from mamba3_jax.training.config import TrainConfig
 from mamba3_jax.training.loop import Run, TrainingStopped, train
 from mamba3_jax.training.run_directory import CONFIG, RunDirectory, check_same_config
-
-# What a shell expects of a command that Ctrl-C ended.
-INTERRUPTED = 130
 
 
 def main(argv: list[str]) -> int:
@@ -67,14 +65,8 @@ def _check_vocabulary(data: Data, model: LMConfig) -> None:
 def _initial(path: Path, model: LMConfig) -> nnx.State:
     """The weights of another model, which must have the arrays of this one."""
     parameters = nnx.state(load_model(path), nnx.Param)
-    wanted = _shapes(nnx.state(abstract_model(model), nnx.Param))
-    got = _shapes(parameters)
-    for name in sorted(wanted.keys() | got.keys()):
-        if wanted.get(name) != got.get(name):
-            raise ValueError(
-                f"init_from: got {path} with {name} of shape {got.get(name)}; "
-                f"allowed: {wanted.get(name)}, as model says"
-            )
+    wanted = nnx.state(abstract_model(model), nnx.Param)
+    check_shapes(f"init_from={path}", _shapes(parameters), _shapes(wanted))
     return jax.tree.map(lambda p: jnp.asarray(p, jnp.float32), parameters)
 
 

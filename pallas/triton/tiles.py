@@ -149,12 +149,6 @@ def slabs(tiling: Tiling) -> tuple[Slab, ...]:
     return tuple(out)
 
 
-def kernel_order(n: int, s: int) -> np.ndarray:
-    """u[..., kernel_order(n, s)] is u, given in pair order [first of each pair | second | rest], in kernel order."""
-    pairs = np.stack([np.arange(s), s + np.arange(s)], -1).reshape(-1)
-    return np.concatenate([pairs, np.arange(2 * s, n)])
-
-
 class Turn(NamedTuple):
     """cos and sin of a tile's angles in one slab, (rows, width / 2)."""
 
