@@ -3,6 +3,7 @@
 The selected parameters come from the cell's checkpoint; each score is on disk before the next test begins.
 """
 
+import contextlib
 import dataclasses
 import fnmatch
 import json
@@ -109,11 +110,10 @@ def _run_further_tests(command: Command[RetrievalConfig], place: Cell) -> None:
     missing = [test for test in further_tests(command, place) if test.name not in scores]
     if not missing:
         return
-    run = RunDirectory(directory, place.text)
-    if run.latest_step is None:
-        fail(f"results_dir: got {directory}, which has no checkpoint to test; allowed: one in which the cell trained")
-    training = Training.start(place.config.sweep(), place.config.schedule, run)
-    run.close()
+    with contextlib.closing(RunDirectory(directory, place.text)) as run:
+        if run.latest_step is None:
+            fail(f"results_dir: got {directory}, without a checkpoint to test; allowed: one in which the cell trained")
+        training = Training.start(place.config.sweep(), place.config.schedule, run)
     best = jax.tree.map(lambda p: p[training.selected : training.selected + 1], training.best)
     for test in missing:
         batches = _batches(test, command.config, place)

@@ -1,5 +1,6 @@
 """A sweep from first to last step: intervals, validation, each run's best parameters, checkpoints, interrupts."""
 
+import contextlib
 import dataclasses
 import math
 import time
@@ -155,23 +156,22 @@ class Training:
 
 
 def train(sweep: Sweep, schedule: Schedule, validation: dict[str, list[Batch]], directory: RunDirectory) -> Training:
-    """Trains until done; resumes whatever the directory holds.
+    """Trains until done; resumes whatever the directory holds. However it ends, its checkpoints are on disk.
 
     Raises:
         KeyboardInterrupt: Ctrl-C or SIGTERM, after the interval in progress was saved.
     """
-    training = Training.start(sweep, schedule, directory)
-    with interrupts() as stop, progress(sweep.max_steps, training.step) as show:
-        while not training.done:
-            if stop:
-                training.save(directory)
-                directory.close()
-                raise KeyboardInterrupt
-            training.advance(validation, directory)
-            show(training.step, training.status())
-            if training.step % schedule.evaluate_every == 0:
-                training.save(directory)
-    directory.close()
+    with contextlib.closing(directory):
+        training = Training.start(sweep, schedule, directory)
+        with interrupts() as stop, progress(sweep.max_steps, training.step) as show:
+            while not training.done:
+                if stop:
+                    training.save(directory)
+                    raise KeyboardInterrupt
+                training.advance(validation, directory)
+                show(training.step, training.status())
+                if training.step % schedule.evaluate_every == 0:
+                    training.save(directory)
     return training
 
 

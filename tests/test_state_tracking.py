@@ -96,27 +96,28 @@ def test_the_selected_run_is_the_best_by_validation(finished):
     assert summary["selected"]["validation"]["12"]["accuracy"] == scores.max()
 
 
-@pytest.mark.parametrize("when", ["between intervals", "killed"])
-def test_an_interrupted_run_resumes_with_an_identical_stream(tiny, finished, tmp_path, when):
-    """Ctrl-C after the third interval; or killed there, losing everything since the checkpoint of step 20."""
+@pytest.mark.parametrize("how, kept", [("interrupted", {"20", "30"}), ("failed", {"20"})])
+def test_an_interrupted_run_resumes_with_an_identical_stream(tiny, finished, tmp_path, how, kept):
+    """Ctrl-C in the third interval, which is saved; or an error, which loses it. No save is left in flight."""
     directory = tmp_path / "cut"
     train, calls = Sweep.train, []
 
     def interrupted(self, runs, steps):
         calls.append(steps)
         if len(calls) == 3:
-            if when == "killed":
-                raise RuntimeError("killed")
+            if how == "failed":
+                raise RuntimeError("no memory")
             os.kill(os.getpid(), signal.SIGINT)
         return train(self, runs, steps)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Sweep, "train", interrupted)
-        if when == "killed":
-            with pytest.raises(RuntimeError, match="killed"):
+        if how == "failed":
+            with pytest.raises(RuntimeError, match="no memory"):
                 _run(tiny, directory)
         else:
             assert _run(tiny, directory) == INTERRUPTED
+    assert {p.name for p in (directory / "checkpoints").iterdir()} == kept
     assert not (directory / "summary.json").exists()
     assert _run(tiny, directory) == 0
     assert (directory / "metrics.jsonl").read_text() == (finished / "metrics.jsonl").read_text()
