@@ -49,7 +49,8 @@ def test_delta_rule_is_the_recurrence_for_every_chunk_size(t, chunk_size, dtype,
     """Down to decays of exp(-2000), which are 0, so that nothing may pass and nothing may be NaN."""
     with jax.enable_x64(dtype == jnp.float64):
         inputs = [jnp.asarray(a, dtype) for a in delta_inputs(t)]
-        o, state = gated_delta_rule(*inputs[:5], initial_state=inputs[5], chunk_size=chunk_size)
+        run = jax.jit(functools.partial(gated_delta_rule, chunk_size=chunk_size))
+        o, state = run(*inputs[:5], initial_state=inputs[5])
         assert o.dtype == state.dtype == dtype
         expected, last = plain_delta_rows(*(np.float64(a) for a in inputs))
         assert_close(o, expected, tolerance)
@@ -98,7 +99,7 @@ def test_delta_rule_continues_and_packs():
     ids = jnp.asarray([np.repeat([3, 4, 9], row) for row in lengths], jnp.int32)
     with jax.enable_x64(True):
         *row, state = (jnp.asarray(a) for a in (q, k, v, log_alpha, beta, initial))
-        run = functools.partial(gated_delta_rule, chunk_size=4)
+        run = jax.jit(functools.partial(gated_delta_rule, chunk_size=4))
         first, state = run(*(a[:, :cut] for a in row), initial_state=state, segment_ids=ids[:, :cut])
         second, state = run(*(a[:, cut:] for a in row), initial_state=state, segment_ids=ids[:, cut:])
         o = np.concatenate([first, second], axis=1)
@@ -124,7 +125,7 @@ def test_a_repeated_key_with_beta_near_2_stays_accurate_in_float32():
     q, v = np.float32(rng.standard_normal((2, 1, 1000, 1, 8)))
     beta, log_alpha = np.full((1, 1000, 1), 1.9999, np.float32), np.zeros((1, 1000, 1), np.float32)
     inputs = (q, k, v, log_alpha, beta)
-    o, state = gated_delta_rule(*map(jnp.asarray, inputs))
+    o, state = jax.jit(gated_delta_rule)(*map(jnp.asarray, inputs))
     expected, last = plain_delta_rows(*map(np.float64, inputs), np.zeros((1, 1, 8, 8)))
     assert_close(o, expected, 1e-5)
     assert_close(state, last, 1e-5)

@@ -67,7 +67,7 @@ def in_float64(function, args, *rest, **options):
 
     def wide(a):
         floats = isinstance(a, jax.Array) and jnp.issubdtype(a.dtype, jnp.floating)
-        return a.astype(jnp.float64) if floats else a
+        return jnp.asarray(np.asarray(a).astype(np.float64)) if floats else a
 
     with jax.enable_x64(True):
         args, rest = jax.tree.map(wide, (args, rest))
