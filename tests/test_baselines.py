@@ -248,7 +248,7 @@ def test_attention_in_blocks_of_tokens_is_attention(at_once, monkeypatch):
     """Where all scores at once would not fit: packed documents, values and gradients."""
     config = OPTIONS["attention, grouped, base 100"]
     with jax.enable_x64(True):
-        mixer = build_mixer(config, rngs=nnx.Rngs(0), dtype=jnp.dtype(jnp.float64))
+        mixer, _ = randomised(lambda: build_mixer(config, rngs=nnx.Rngs(0), dtype=jnp.dtype(jnp.float64)))
         u = jnp.asarray(tokens(T, d=config.d_model))
         ids = jnp.asarray([np.repeat([0, 1], row) for row in ([5, 7], [1, 11])], jnp.int32)
 
@@ -256,9 +256,9 @@ def test_attention_in_blocks_of_tokens_is_attention(at_once, monkeypatch):
             y, _ = mixer(u, segment_ids=ids)
             return jnp.sum(y * jnp.cos(jnp.arange(y.size).reshape(y.shape))), y
 
-        whole = jax.grad(run, has_aux=True)(u)
+        whole = jax.jit(jax.grad(run, has_aux=True))(u)
         monkeypatch.setattr(attention, "SCORES", at_once * 2 * config.n_heads * T)
-        blocks = jax.grad(run, has_aux=True)(u)
+        blocks = jax.jit(jax.grad(run, has_aux=True))(u)
     for got, expected in zip(blocks, whole):
         assert_close(got, expected, 1e-6)
 
@@ -271,7 +271,7 @@ def test_attention_in_a_buffer_of_fixed_size(option):
         u = tokens(T, d=config.d_model)
         ids = jnp.asarray([np.repeat([0, 1], row) for row in ([5, 7], [1, 11])], jnp.int32)
         y, grown = case.run(u, case.empty, ids)
-        mixer = build_mixer(config, rngs=nnx.Rngs(0), dtype=jnp.dtype(jnp.float64))
+        mixer = nnx.eval_shape(lambda: build_mixer(config, rngs=nnx.Rngs(0), dtype=jnp.dtype(jnp.float64)))
         first, state = case.run(u[:, :8], mixer.empty_state(2, capacity=T), ids[:, :8])
         last = []
         for i in range(8, T):
@@ -343,7 +343,8 @@ COUNTS = {
 @pytest.mark.parametrize("mixer", COUNTS, ids=lambda config: type(config).__name__)
 def test_language_models_run_in_pieces(mixer):
     """A cached call continues another, and a step continues both."""
-    lm = LM(LMConfig(mixer, n_layers=2, vocab_size=VOCAB, mlp_width=8), rngs=nnx.Rngs(0))
+    config = LMConfig(mixer, n_layers=2, vocab_size=VOCAB, mlp_width=8)
+    lm, _ = randomised(lambda: LM(config, rngs=nnx.Rngs(0)))
     ids = jnp.asarray(np.random.default_rng(0).integers(0, VOCAB, (2, 9)), jnp.int32)
     run = nnx.jit(lambda lm, tokens, cache: lm(tokens, cache))
     whole, _ = run(lm, ids, None)
@@ -358,7 +359,7 @@ def test_a_hybrid_has_attention_where_it_says_and_decodes_in_a_buffer_of_fixed_s
     """Blocks of two kinds; prefill and steps equal one call, and the cache keeps its shapes."""
     attention = AttentionConfig(D, n_heads=H, rotary_dim=2)
     config = LMConfig(Mamba2Config(D, d_state=N, head_dim=P), 3, VOCAB, attention=attention, attention_layers=(0, 2))
-    lm = LM(config, rngs=nnx.Rngs(0))
+    lm, _ = randomised(lambda: LM(config, rngs=nnx.Rngs(0)))
     assert [isinstance(block.mixer.config, AttentionConfig) for block in lm.blocks] == [True, False, True]
     ids = jnp.asarray(np.random.default_rng(0).integers(0, VOCAB, (2, 9)), jnp.int32)
     run = nnx.jit(lambda lm, tokens, cache: lm(tokens, cache))
