@@ -219,7 +219,8 @@ def test_the_written_config_is_that_of_the_run(finished, tmp_path):
 
 def nll_of(model: LM, batch: TokenBatch) -> tuple[float, int]:
     """The sum over the targets of a batch, from all logits at once, and their number."""
-    logits, _ = model(jnp.asarray(batch.tokens), None, jnp.asarray(batch.segment_ids))
+    run = nnx.jit(lambda model, tokens, ids: model(tokens, None, ids)[0])
+    logits = run(model, jnp.asarray(batch.tokens), jnp.asarray(batch.segment_ids))
     likely = jnp.take_along_axis(jax.nn.log_softmax(logits), jnp.asarray(batch.targets)[..., None], -1)[..., 0]
     return -float(jnp.sum(likely * batch.mask)), int(batch.mask.sum())
 
@@ -339,8 +340,10 @@ def test_a_checkpoint_of_another_model_is_refused_by_the_name_of_an_array(finish
         directory.restore(init_state(other, OPTIMIZER, seed=0))
 
 
-def test_a_run_that_is_killed_at_random_moments_ends_in_the_same_bytes(tmp_path):
+def test_a_run_that_is_killed_at_random_moments_ends_in_the_same_bytes(tmp_path, monkeypatch):
     """SIGKILL, also while a checkpoint is written, of which there is one almost all the time here."""
+    # Of its own, because a compiled program that is being written may be destroyed as well.
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "compiled"))
     undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
     common = ["--steps=60", "--checkpoint_every=2", "--eval_every=20"]
     assert _process(options(undisturbed, *common)).wait() == 0
