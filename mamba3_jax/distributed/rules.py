@@ -17,6 +17,7 @@ from mamba3_jax.distributed.mesh import AXES
 
 LOGICAL_AXES: dict[str, tuple[str, ...]] = {
     "batch": ("slice", "data", "fsdp"),
+    "copies": ("slice", "data"),
     "time": ("sequence",),
     "heads": ("tensor",),
     "mlp": ("tensor",),
@@ -64,10 +65,14 @@ def constrain(x: Shaped[Array, "*shape"], *axes: str | None) -> Shaped[Array, "*
 
     It is x itself without an ambient mesh of this library's axes, on one device, and inside `jax.shard_map`.
     """
+    mesh = cutting_mesh()
+    return x if mesh is None else jax.lax.with_sharding_constraint(x, _dividing(mesh, axes, x.shape))
+
+
+def cutting_mesh() -> jax.sharding.AbstractMesh | None:
+    """The ambient mesh where it has this library's axes and several devices, and is not a `jax.shard_map`'s already."""
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.axis_names != AXES or mesh.size == 1 or mesh.manual_axes:
-        return x
-    return jax.lax.with_sharding_constraint(x, _dividing(mesh, axes, x.shape))
+    return None if mesh.axis_names != AXES or mesh.size == 1 or mesh.manual_axes else mesh
 
 
 def parameter_axes(path: str) -> tuple[str | None, ...]:

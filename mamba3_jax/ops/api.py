@@ -23,6 +23,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from mamba3_jax.checks import check_array, check_choice, check_rank, check_segment_ids
+from mamba3_jax.distributed import operator as distributed
+from mamba3_jax.distributed.rules import cutting_mesh
 from mamba3_jax.ops import output
 from mamba3_jax.ops.chunked import chunked, default_chunk_size
 from mamba3_jax.ops.decode import decode
@@ -105,6 +107,13 @@ def ssm(
     call = _check(
         x, B, C, dt, A, lam, omega, B_bias, C_bias, D, z, mimo_x, mimo_z, mimo_o, rotation, segment_ids, chunk_size
     )
+    if initial_state is not None:
+        _check_state(initial_state, call)
+    if (mesh := cutting_mesh()) is not None:
+        tokens = dict(x=x, B=B, C=C, dt=dt, A=A, lam=lam, omega=omega, z=z, segment_ids=segment_ids)
+        weights = dict(B_bias=B_bias, C_bias=C_bias, D=D, mimo_x=mimo_x, mimo_z=mimo_z, mimo_o=mimo_o)
+        options = dict(rotation=rotation, implementation=implementation, chunk_size=chunk_size)
+        return distributed.on_mesh(mesh, ssm, **tokens, **weights, **options, initial_state=initial_state)
     picked = _choose(implementation, call.t, functools.partial(refusal, x, B, C, omega, z))
     # The kernels want neighbouring pairs, which for SISO are those of the checkpoint: nothing to move.
     orders = (to_interleaved, from_interleaved) if picked == "triton" else (to_pair_order, from_pair_order)
@@ -178,8 +187,11 @@ def ssm_step(
     shared = dict(B_bias=B_bias, C_bias=C_bias, D=D, mimo_x=mimo_x, mimo_z=mimo_z, mimo_o=mimo_o, rotation=rotation)
     if implementation == "triton":
         _check_gpu()
+    _check_state(state, _check(*tokens, z=with_time(z), **shared, segment_ids=None, chunk_size=None))
+    if (mesh := cutting_mesh()) is not None:
+        token = dict(x=x, B=B, C=C, dt=dt, A=A, lam=lam, omega=omega, z=z)
+        return distributed.on_mesh(mesh, ssm_step, **token, **shared, state=state, implementation=implementation)
     if implementation == "triton" or (implementation is None and _one_gpu()):
-        _check_state(state, _check(*tokens, z=with_time(z), **shared, segment_ids=None, chunk_size=None))
         try:
             result = decode(x, B, C, dt, A, lam, omega, z=z, **shared, state=state)
             _log_choice("triton", jax.default_backend(), "steps")
@@ -224,8 +236,8 @@ def _platform() -> str:
 
 
 def _one_gpu() -> bool:
-    """Several could each hold a part of the state, and the decode kernel does not know to leave it there."""
-    return _platform() == "cuda" and jax.device_count() == 1
+    """Of several, but inside a shard_map, each could hold a part of the state, which the decode kernel would gather."""
+    return _platform() == "cuda" and (jax.device_count() == 1 or bool(jax.sharding.get_abstract_mesh().manual_axes))
 
 
 def _check_gpu() -> None:
@@ -267,7 +279,6 @@ def _check_state(state: SSMState, call: _Call) -> None:
 def _prepare_state(state: SSMState | None, call: _Call, to_order: Callable[[Array], Array]) -> SSMState:
     if state is None:
         return SSMState.zeros(call.b, call.h, call.p, call.n, call.r, call.s, call.dtype)
-    _check_state(state, call)
     state = state.map(lambda a: a.astype(call.dtype))
     return state._replace(ssm=to_order(state.ssm), k=to_order(state.k))
 
