@@ -148,8 +148,8 @@ def _in_spans(ssm, *, initial_state: SSMState | None = None, segment_ids: Int[Ar
     """`ssm` of this device's tokens, continuing those of the devices before it along `sequence`."""
     run = functools.partial(ssm, **inputs, segment_ids=segment_ids)
     begins = _begins_document(segment_ids, inputs["dt"].shape[0])
-    # No output, skip or gate: what only they need is never computed, but by kernels that do all at once.
-    _, end = run(D=None, z=None, mimo_z=None, mimo_o=None)
+    # What only the outputs need is not computed, as nobody asks for them; kernels do all at once, here without a gate.
+    _, end = run(D=None, z=None, mimo_z=None)
     span = _span(end, begins, segment_ids, inputs["dt"], inputs["A"], inputs["lam"])
     spans = lax.all_gather(span, SEQUENCE)
 
@@ -164,7 +164,8 @@ def _in_spans(ssm, *, initial_state: SSMState | None = None, segment_ids: Int[Ar
 
 def _span(end: SSMState, begins, segment_ids, dt, A, lam) -> Span:
     dtype = end.ssm.dtype
-    coefficients = exponential_trapezoidal(dt.astype(dtype), A.astype(dtype), jnp.asarray(lam, dtype))
+    dt, A, lam = (jnp.broadcast_to(jnp.asarray(u, dtype), dt.shape) for u in (dt, A, lam))
+    coefficients = exponential_trapezoidal(dt, A, lam)
     restarts = begins if segment_ids is None else begins | jnp.any(document_starts(segment_ids), axis=1)
     return Span(end, jnp.sum(coefficients.log_decay, axis=1), coefficients.carry[:, 0], restarts)
 
