@@ -23,6 +23,7 @@ from bigram import Bigram
 from mamba3_jax.cli import main as mamba3
 from mamba3_jax.command import parse
 from mamba3_jax.data.pipeline import DataConfig, TokenBatch, batches, open_data
+from mamba3_jax.distributed.mesh import MeshConfig, make_mesh
 from mamba3_jax.layers import AttentionConfig, GatedDeltaNetConfig, Mamba2Config, Mamba3Config, Undecayed
 from mamba3_jax.models import LM, LMConfig
 from mamba3_jax.models.checkpoint import load_model, read_config, save_model
@@ -38,6 +39,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SMALL = dict(d_model=32, d_state=16, head_dim=16)
 MODEL = LMConfig(Mamba3Config(**SMALL), n_layers=1, vocab_size=256, mlp_width=64)
 OPTIMIZER = PretrainingOptimizerConfig(warmup_steps=2, peak_learning_rate=1e-2)
+ONE_DEVICE = make_mesh(MeshConfig())
 STEP = StepConfig(MODEL, OPTIMIZER, steps=20, loss_chunk=8)
 OPTIONS = [
     "--model.mamba3.d_model=32", "--model.mamba3.d_state=16", "--model.mamba3.head_dim=16", "--model.dtype=float32",
@@ -58,13 +60,13 @@ def batch_of(seed: int, b: int = 4, t: int = 21) -> TokenBatch:
 
 @functools.cache
 def compiled(config: StepConfig):
-    return compile_train_step(config)
+    return compile_train_step(config, ONE_DEVICE)
 
 
 @functools.cache
 def initial(model: LMConfig) -> TrainState:
     """The state of seed 0, on the host."""
-    return jax.device_get(init_state(model, OPTIMIZER, seed=0))
+    return jax.device_get(init_state(model, OPTIMIZER, ONE_DEVICE, seed=0))
 
 
 def steps(config: StepConfig, *batches: TokenBatch):
@@ -108,7 +110,7 @@ def test_rematerialised_blocks_change_nothing_and_need_less_memory():
     batch, needed, results = batch_of(1, t=64), {}, {}
     for remat in ("none", "blocks"):
         config = dataclasses.replace(STEP, model=model, remat=remat)
-        step = compile_train_step(config).lower(initial(model), batch).compile()
+        step = compile_train_step(config, ONE_DEVICE).lower(initial(model), batch).compile()
         needed[remat] = step.memory_analysis().temp_size_in_bytes
         results[remat] = step(jax.tree.map(jnp.array, initial(model)), batch)
     assert needed["blocks"] < 0.7 * needed["none"]
@@ -336,7 +338,7 @@ def test_a_checkpoint_of_another_model_is_refused_by_the_name_of_an_array(finish
     directory = RunDirectory(finished, (finished / "config.yaml").read_text())
     other = dataclasses.replace(MODEL, mlp_width=0, mixer=Mamba3Config(d_model=48, d_state=16, head_dim=16))
     with pytest.raises(ValueError, match=r"checkpoints/10: got .* of shape \(4, 1, 16\); allowed: \(6, 1, 16\)"):
-        directory.restore(init_state(other, OPTIMIZER, seed=0))
+        directory.restore(init_state(other, OPTIMIZER, ONE_DEVICE, seed=0))
 
 
 def test_a_run_that_is_killed_at_random_moments_ends_in_the_same_bytes(tmp_path):

@@ -10,8 +10,9 @@ Which array is cut along which of them is in rules.py.
 """
 
 import dataclasses
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
@@ -94,3 +95,14 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     else:
         grid = mesh_utils.create_device_mesh(shape, devices)
     return Mesh(grid, AXES, axis_types=types)
+
+
+def under[**Inputs, Output](mesh: Mesh, function: Callable[Inputs, Output]) -> Callable[Inputs, Output]:
+    """The function, traced with the mesh as the ambient one, which `constrain` and the operator look for."""
+
+    @functools.wraps(function)
+    def traced(*args: Inputs.args, **kwargs: Inputs.kwargs) -> Output:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return function(*args, **kwargs)
+
+    return traced
