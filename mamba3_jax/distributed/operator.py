@@ -15,12 +15,12 @@ document begins in the span, nothing of what enters is left. So with time cut al
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import AbstractMesh
+from jax.sharding import AbstractMesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from mamba3_jax.distributed import rules
@@ -57,20 +57,21 @@ def on_mesh(mesh: AbstractMesh, operator: Callable[..., tuple[Array, SSMState]],
         ValueError: a size that the mesh does not divide.
     """
     arrays = {name: a for name, a in arguments.items() if not isinstance(a, str | int | float | None)}
-    t = arrays["x"].shape[1] if arrays["x"].ndim == 4 else None
-    _check_sizes(mesh, arrays, t)
-    (*_, g, _), h = arrays["B"].shape, arrays["x"].shape[-2]
+    b, h, g = arrays["x"].shape[0], arrays["x"].shape[-2], arrays["B"].shape[-2]
+    has_time = arrays["x"].ndim == 4
+    t = arrays["x"].shape[1] if has_time else 1
+    _check_sizes(mesh, g, batch=b, heads=h, **(dict(time=t) if t > 1 else {}))
     by_groups = g % rules.ways(mesh, "heads") == 0
-    logical = dict(b="batch", t="time" if t != 1 else None, h="heads", g="heads" if by_groups else None)
+    logical = dict(b="batch", t="time" if t > 1 else None, h="heads", g="heads" if by_groups else None)
 
-    def spec(letters: str):
-        return rules.spec(*(logical.get(letter) for letter in letters.split() if t is not None or letter != "t"))
+    def spec(letters: str) -> PartitionSpec:
+        return rules.spec(*(logical.get(letter) for letter in letters.split() if has_time or letter != "t"))
+
+    run = functools.partial(_in_spans, operator) if t > 1 and mesh.shape[SEQUENCE] > 1 else operator
 
     def on_shard(arrays):
         if not by_groups:
             arrays = arrays | {name: _own_group(arrays[name], arrays["x"].shape[-2], h // g) for name in ("B", "C")}
-        in_spans = (t or 1) > 1 and mesh.shape[SEQUENCE] > 1
-        run = functools.partial(_in_spans, operator) if in_spans else operator
         return run(**(arguments | arrays))
 
     axes = _AXES | dict(omega=_axes_of_omega(arrays.get("omega"), h))
@@ -90,14 +91,13 @@ def _axes_of_omega(omega: Array | None, h: int) -> str:
     return "b t h s" if omega.shape[-2] == h else "b t one s"
 
 
-def _check_sizes(mesh: AbstractMesh, arrays: dict[str, Any], t: int | None) -> None:
-    b, h, g = arrays["x"].shape[0], arrays["x"].shape[-2], arrays["B"].shape[-2]
-    sizes = [(f"b={b} rows", b, "batch"), (f"h={h} heads", h, "heads")]
-    sizes += [(f"t={t} tokens", t, "time")] if t not in (None, 1) else []
-    for got, size, axis in sizes:
+def _check_sizes(mesh: AbstractMesh, g: int, **sizes: int) -> None:
+    words = dict(batch="b={} rows", heads="h={} heads", time="t={} tokens")
+    for axis, size in sizes.items():
         ways = rules.ways(mesh, axis)
         if size % ways:
             named = " x ".join(f"{name}={mesh.shape[name]}" for name in rules.LOGICAL_AXES[axis])
+            got = words[axis].format(size)
             raise ValueError(f"x: got {got} on a mesh of {named}; allowed: a multiple of {ways}")
     ways = rules.ways(mesh, "heads")
     if g % ways and ways % g:

@@ -71,7 +71,8 @@ def ssm(
 ) -> tuple[Float[Array, "b t h p"] | Float[Array, "b t r h p"], SSMState]:
     """The Mamba-3 SSM over whole sequences (sections 3.1 to 3.3 of arXiv:2603.15569).
 
-    Differentiable in every floating-point argument, the initial state included.
+    Differentiable in every floating-point argument, the initial state included. Under an ambient mesh of this library's
+    axes (`jax.set_mesh`) every device computes its rows, heads and tokens; see distributed/operator.py.
 
     Args:
         x: input, in the dtype of the matrix products and of the output.
