@@ -140,7 +140,7 @@ def ssm(
             o, state = recurrent(inputs, state)
             y = _epilogue(o, x, D, z, mimo_x, mimo_z, mimo_o)
         case "chunked":
-            o, state = chunked(inputs, state, chunk_size or default_chunk_size(jax.default_backend(), call.r))
+            o, state = chunked(inputs, state, chunk_size or default_chunk_size(_platform(), call.r))
             y = _epilogue(o, x, D, z, mimo_x, mimo_z, mimo_o)
     return y.astype(x.dtype), state._replace(ssm=from_order(state.ssm), k=from_order(state.k))
 
@@ -195,13 +195,13 @@ def ssm_step(
     if implementation == "triton" or (implementation is None and _one_gpu()):
         try:
             result = decode(x, B, C, dt, A, lam, omega, z=z, **shared, state=state)
-            _log_choice("triton", jax.default_backend(), "steps")
+            _log_choice("triton", _platform(), "steps")
             return result
         except NotImplementedError as reason:
             # The kernel refuses sizes and dtypes before it computes.
             if implementation == "triton":
                 raise
-            _log_choice("recurrent", jax.default_backend(), f"steps ({reason})")
+            _log_choice("recurrent", _platform(), f"steps ({reason})")
             implementation = "recurrent"
     y, state = ssm(*tokens, z=with_time(z), **shared, initial_state=state, implementation=implementation)
     return y[:, 0], state
@@ -214,7 +214,7 @@ def _choose(implementation: Implementation | None, t: int, refuses: Callable[[],
         if t > 1 and _platform() == "cuda":
             reason = refuses()
             picked, what = (picked, f"sequences ({reason})") if reason else ("triton", what)
-        _log_choice(picked, jax.default_backend(), what)
+        _log_choice(picked, _platform(), what)
         return picked
     check_choice("implementation", implementation, get_args(Implementation))
     if implementation == "tpu":
@@ -229,8 +229,11 @@ def _choose(implementation: Implementation | None, t: int, refuses: Callable[[],
 
 
 def _platform() -> str:
-    """What the kernels are compiled for: "cuda" on GPUs that they are written for."""
+    """What the call is compiled for, "cuda" on GPUs that kernels are written for; the mesh may be of another machine."""
+    abstract = jax.sharding.get_abstract_mesh().abstract_device
     device = jax.local_devices()[0]
+    if abstract is not None and abstract.platform != device.platform:
+        return abstract.platform
     if device.platform != "gpu":
         return device.platform
     return "rocm" if "rocm" in device.client.platform_version.lower() else "cuda"
@@ -250,9 +253,9 @@ def _check_gpu() -> None:
 
 
 @functools.cache
-def _log_choice(picked: str, backend: str, what: str) -> None:
+def _log_choice(picked: str, platform: str, what: str) -> None:
     """Cached, so that each choice is logged once."""
-    _log.info("ssm on %s: implementation %r for %s", backend, picked, what)
+    _log.info("ssm on %s: implementation %r for %s", platform, picked, what)
 
 
 class _Call(NamedTuple):
