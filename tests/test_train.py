@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import importlib.util
 import itertools
 import json
 import os
@@ -34,6 +35,7 @@ from mamba3_jax.training.run_directory import RunDirectory
 from mamba3_jax.training.state import TrainState, init_state
 from mamba3_jax.training.step import StepConfig, compile_train_step
 from mamba3_jax.training.train_command import main
+from test_tensorboard import scalars
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = dict(d_model=32, d_state=16, head_dim=16)
@@ -190,7 +192,9 @@ def test_wsd_holds_the_rate_and_then_decays_linearly():
 def finished(tmp_path_factory):
     """A run that nothing disturbed."""
     path = tmp_path_factory.mktemp("finished") / "run"
-    assert main(options(path, "--steps=10", "--checkpoint_every=4", "--eval_every=5", "--profile_steps=2:4")) == 0
+    extras = ["--tensorboard=true"] if importlib.util.find_spec("tensorboardX") else []
+    several = ["--checkpoint_every=4", "--eval_every=5", "--profile_steps=2:4", *extras]
+    assert main(options(path, "--steps=10", *several)) == 0
     return path
 
 
@@ -211,6 +215,13 @@ def test_a_run_writes_what_it_says(finished, capsys):
     assert read_config(finished) == LMConfig(Mamba3Config(**SMALL), n_layers=1, vocab_size=256)
     assert mamba3(["generate", str(finished), "--prompt", "The ", "--max_new_tokens=4", "--temperature=0"]) == 0
     assert capsys.readouterr().out
+
+
+def test_tensorboard_has_the_numbers_of_both_files(finished):
+    pytest.importorskip("tensorboardX", reason="needs the extra tensorboard")
+    records = written(finished) + written(finished, "timing.jsonl")
+    wanted = {(r["step"], name): value for r in records for name, value in r.items() if name != "step"}
+    assert scalars(finished / "tensorboard") == pytest.approx(wanted, rel=1e-6)
 
 
 def test_the_written_config_is_that_of_the_run(finished, tmp_path):

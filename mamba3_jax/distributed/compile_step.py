@@ -138,10 +138,7 @@ def compile_step(config: CompileConfig) -> Program:
     model = config.model.lm(config.model.vocab_size or BYTES)
     mesh = make_mesh(config.mesh, topology_devices(config.topology, config.mesh.slices))
     check_divides(mesh, model, config.data, config.accumulation)
-    step = StepConfig(
-        model, config.optimizer, config.steps, config.accumulation, config.remat, config.z_loss, config.loss_chunk
-    )
-    step = compile_train_step(step, mesh)
+    step = compile_train_step(StepConfig.of(config, model), mesh)
     began = time.perf_counter()
     with _choices() as implementations:
         lowered = step.lower(abstract_state(model, config.optimizer, mesh), abstract_batch(config.data, mesh))

@@ -25,6 +25,7 @@ from mamba3_jax.training.metrics import Clock, finite, line_of, plot_loss, progr
 from mamba3_jax.training.run_directory import RunDirectory
 from mamba3_jax.training.state import Placement, abstract_state, init_state
 from mamba3_jax.training.step import StepConfig, StepMetrics, compile_evaluation, compile_train_step
+from mamba3_jax.training.tensorboard import TensorBoard
 
 TIMING = "timing.jsonl"
 PLOT = "loss.png"
@@ -59,10 +60,7 @@ class Run:
     ):
         self.config, self.data, self.directory = config, data, directory
         self.model = config.model.lm(config.model.vocab_size or data.vocab_size)
-        step = StepConfig(
-            self.model, config.optimizer, config.steps, config.accumulation, config.remat, config.z_loss,
-            config.loss_chunk,
-        )  # fmt: skip
+        step = StepConfig.of(config, self.model)
         self._train_step, self._evaluate = compile_train_step(step, mesh), compile_evaluation(step, mesh)
         self._place = Placement(config.data, mesh)
         self._iterator = self._batches("train")
@@ -81,6 +79,7 @@ class Run:
         tokens = config.data.batch_size * config.data.context
         self._clock = Clock(tokens, train_flops(self.model, config.data.context), mesh.devices.flatten().tolist())
         self._compiled = False
+        self._board = TensorBoard(directory.path, self.step) if config.tensorboard and is_first() else None
 
     def advance(self) -> str | None:
         """One step, and what is due after it; its line if there is one.
@@ -121,6 +120,8 @@ class Run:
         """Ends the data's workers, and waits until the checkpoints are on disk."""
         self._iterator.close()
         self.directory.close()
+        if self._board is not None:
+            self._board.close()
 
     def finish(self) -> None:
         """Writes the model and the plot, each whole or not at all."""
@@ -191,6 +192,8 @@ class Run:
         if evaluate and "validation" in self.data.splits:
             record |= self.validate()
         self.directory.log(record)
+        if self._board is not None:
+            self._board.log(record | timing)
         self._clock.restart()
         return line_of(record, timing, self.config.steps)
 

@@ -23,7 +23,7 @@ from mamba3_jax.distributed.mesh import under
 from mamba3_jax.distributed.rules import constrain
 from mamba3_jax.models import LM, LMConfig, abstract_model
 from mamba3_jax.models.lm import AnyMixerState, Block
-from mamba3_jax.training.config import Remat
+from mamba3_jax.training.config import Remat, TrainConfig
 from mamba3_jax.training.loss import LossSums, cross_entropy
 from mamba3_jax.training.optimizer import PretrainingOptimizerConfig, direction, learning_rate
 from mamba3_jax.training.state import TrainState, shardings
@@ -59,6 +59,12 @@ class StepConfig:
     remat: Remat = "none"
     z_loss: float = 0.0
     loss_chunk: int = 512
+
+    @classmethod
+    def of(cls, config: TrainConfig, model: LMConfig) -> "StepConfig":
+        """Of a run that trains this model."""
+        options = (config.optimizer, config.steps, config.accumulation, config.remat, config.z_loss, config.loss_chunk)
+        return cls(model, *options)
 
 
 class Rematerialised(nnx.Module):

@@ -25,6 +25,7 @@ from mamba3_jax.training.config import TrainConfig
 from mamba3_jax.training.loop import Run, TrainingStopped, train
 from mamba3_jax.training.run_directory import CONFIG, RunDirectory, check_same_config
 from mamba3_jax.training.state import check_divides
+from mamba3_jax.training.tensorboard import check_installed
 
 
 def main(argv: list[str]) -> int:
@@ -55,6 +56,8 @@ def _open(config: TrainConfig) -> Run:
     resumed = (path / CONFIG).exists()
     if resumed:
         check_same_config(path, config.text, "run_dir")
+    if config.tensorboard:
+        check_installed()
     data = open_data(config.data)
     model = config.model.lm(config.model.vocab_size or data.vocab_size)
     _check_vocabulary(data, model)
