@@ -2,6 +2,7 @@
 
     mamba3 prepare-data SOURCE... --destination DIR               text to token shards
     mamba3 train --config FILE --run_dir DIR                      a language model; the same command resumes it
+    mamba3 compile --config FILE --topology v5e:16x16             its step for a TPU pod that is not here: memory, time
     mamba3 convert SOURCE DESTINATION                             a released checkpoint to a model directory, or back
     mamba3 generate MODEL --prompt TEXT [--option value ...]      text from a model, as it arrives
     mamba3 eval MODEL --perplexity FILE | --tasks NAME,...        perplexity, context lengths, lm-evaluation-harness
@@ -25,6 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = {
     "prepare-data": "mamba3_jax.data.prepare",
     "train": "mamba3_jax.training.train_command",
+    "compile": "mamba3_jax.distributed.compile_command",
     "convert": "mamba3_jax.convert.command",
     "generate": "mamba3_jax.inference.generate_command",
     "eval": "mamba3_jax.inference.eval_command",

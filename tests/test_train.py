@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import importlib.util
 import itertools
 import json
 import os
@@ -23,6 +24,7 @@ from bigram import Bigram
 from mamba3_jax.cli import main as mamba3
 from mamba3_jax.command import parse
 from mamba3_jax.data.pipeline import DataConfig, TokenBatch, batches, open_data
+from mamba3_jax.distributed.mesh import MeshConfig, make_mesh
 from mamba3_jax.layers import AttentionConfig, GatedDeltaNetConfig, Mamba2Config, Mamba3Config, Undecayed
 from mamba3_jax.models import LM, LMConfig
 from mamba3_jax.models.checkpoint import load_model, read_config, save_model
@@ -33,11 +35,13 @@ from mamba3_jax.training.run_directory import RunDirectory
 from mamba3_jax.training.state import TrainState, init_state
 from mamba3_jax.training.step import StepConfig, compile_train_step
 from mamba3_jax.training.train_command import main
+from test_tensorboard import scalars
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = dict(d_model=32, d_state=16, head_dim=16)
 MODEL = LMConfig(Mamba3Config(**SMALL), n_layers=1, vocab_size=256, mlp_width=64)
 OPTIMIZER = PretrainingOptimizerConfig(warmup_steps=2, peak_learning_rate=1e-2)
+ONE_DEVICE = make_mesh(MeshConfig())
 STEP = StepConfig(MODEL, OPTIMIZER, steps=20, loss_chunk=8)
 OPTIONS = [
     "--model.mamba3.d_model=32", "--model.mamba3.d_state=16", "--model.mamba3.head_dim=16", "--model.dtype=float32",
@@ -58,13 +62,13 @@ def batch_of(seed: int, b: int = 4, t: int = 21) -> TokenBatch:
 
 @functools.cache
 def compiled(config: StepConfig):
-    return compile_train_step(config)
+    return compile_train_step(config, ONE_DEVICE)
 
 
 @functools.cache
 def initial(model: LMConfig) -> TrainState:
     """The state of seed 0, on the host."""
-    return jax.device_get(init_state(model, OPTIMIZER, seed=0))
+    return jax.device_get(init_state(model, OPTIMIZER, ONE_DEVICE, seed=0))
 
 
 def steps(config: StepConfig, *batches: TokenBatch):
@@ -108,7 +112,7 @@ def test_rematerialised_blocks_change_nothing_and_need_less_memory():
     batch, needed, results = batch_of(1, t=64), {}, {}
     for remat in ("none", "blocks"):
         config = dataclasses.replace(STEP, model=model, remat=remat)
-        step = compile_train_step(config).lower(initial(model), batch).compile()
+        step = compile_train_step(config, ONE_DEVICE).lower(initial(model), batch).compile()
         needed[remat] = step.memory_analysis().temp_size_in_bytes
         results[remat] = step(jax.tree.map(jnp.array, initial(model)), batch)
     assert needed["blocks"] < 0.7 * needed["none"]
@@ -188,7 +192,9 @@ def test_wsd_holds_the_rate_and_then_decays_linearly():
 def finished(tmp_path_factory):
     """A run that nothing disturbed."""
     path = tmp_path_factory.mktemp("finished") / "run"
-    assert main(options(path, "--steps=10", "--checkpoint_every=4", "--eval_every=5", "--profile_steps=2:4")) == 0
+    extras = ["--tensorboard=true"] if importlib.util.find_spec("tensorboardX") else []
+    several = ["--checkpoint_every=4", "--eval_every=5", "--profile_steps=2:4", *extras]
+    assert main(options(path, "--steps=10", *several)) == 0
     return path
 
 
@@ -209,6 +215,13 @@ def test_a_run_writes_what_it_says(finished, capsys):
     assert read_config(finished) == LMConfig(Mamba3Config(**SMALL), n_layers=1, vocab_size=256)
     assert mamba3(["generate", str(finished), "--prompt", "The ", "--max_new_tokens=4", "--temperature=0"]) == 0
     assert capsys.readouterr().out
+
+
+def test_tensorboard_has_the_numbers_of_both_files(finished):
+    pytest.importorskip("tensorboardX", reason="needs the extra tensorboard")
+    records = written(finished) + written(finished, "timing.jsonl")
+    wanted = {(r["step"], name): value for r in records for name, value in r.items() if name != "step"}
+    assert scalars(finished / "tensorboard") == pytest.approx(wanted, rel=1e-6)
 
 
 def test_the_written_config_is_that_of_the_run(finished, tmp_path):
@@ -337,7 +350,7 @@ def test_a_checkpoint_of_another_model_is_refused_by_the_name_of_an_array(finish
     directory = RunDirectory(finished, (finished / "config.yaml").read_text())
     other = dataclasses.replace(MODEL, mlp_width=0, mixer=Mamba3Config(d_model=48, d_state=16, head_dim=16))
     with pytest.raises(ValueError, match=r"checkpoints/10: got .* of shape \(4, 1, 16\); allowed: \(6, 1, 16\)"):
-        directory.restore(init_state(other, OPTIMIZER, seed=0))
+        directory.restore(init_state(other, OPTIMIZER, ONE_DEVICE, seed=0))
 
 
 def test_a_run_that_is_killed_at_random_moments_ends_in_the_same_bytes(tmp_path, monkeypatch):

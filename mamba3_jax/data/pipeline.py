@@ -6,9 +6,9 @@ comes once. Rows are drawn in another order in each epoch; other splits are read
 batch is filled with empty rows.
 
 What batch number i holds depends on the data, the split, the seed, context, batch_size and long_documents, and on
-nothing else: processes take consecutive parts of each batch, so that their rows one after the other are the batch of a
-single process, and the state of an iterator is the number of batches that it gave. It is therefore the same on every
-process, and continues the stream with any number of them, and of workers.
+nothing else: a process reads the rows of each batch that its devices need, and the state of an iterator is the number
+of batches that it gave. It is therefore the same on every process, and continues the stream with any number of them,
+and of workers.
 
 The order, its distribution and the workers are grain's.
 """
@@ -208,7 +208,7 @@ def open_data(config: DataConfig) -> Data:
 
 
 class BatchIterator(Iterator[TokenBatch]):
-    """One process' rows of each batch; see `batches`."""
+    """Some or all rows of each batch; see `batches`."""
 
     def __init__(self, dataset: grain.MapDataset, stream: dict[str, Any], workers: int):
         self._dataset, self._stream, self._workers = dataset, stream, workers
@@ -264,38 +264,33 @@ def _close(iterator: list[grain.DatasetIterator]) -> None:
         iterator.pop().close()
 
 
-def batches(data: Data, split: str, *, seed: int, process_index: int = 0, process_count: int = 1) -> BatchIterator:
+def batches(data: Data, split: str, *, seed: int, rows: Int[np.ndarray, " mine"] | None = None) -> BatchIterator:
     """Batches of a split: without end for "train", once through for the others.
 
     Args:
         data: from `open_data`.
         split: one of data.splits.
         seed: of the order of "train", from 0 to 2^32 - 1.
-        process_index, process_count: a process gets rows process_index * n to (process_index + 1) * n - 1 of each
-            batch, n = batch_size / process_count.
+        rows: which rows of each batch to give, from 0 to batch_size - 1; None is all of them.
 
     Raises:
-        ValueError: no such split, or processes that do not divide the batch. And `__next__`, as `Shard.read`.
+        ValueError: no such split, or seed. And `__next__`, as `Shard.read`.
     """
     config = data.config
     check_choice("split", split, tuple(data.splits))
     if not 0 <= seed < 1 << 32:
         raise ValueError(f"seed: got {seed}; allowed: 0 to {(1 << 32) - 1}")
-    if process_count < 1 or config.batch_size % process_count:
-        raise ValueError(f"batch_size: got {config.batch_size}; allowed: a multiple of the {process_count} processes")
-    if not 0 <= process_index < process_count:
-        raise ValueError(f"process_index: got {process_index}; allowed: 0 to {process_count - 1}")
     packed = data.splits[split]
     if split == TRAIN:
-        rows = grain.MapDataset.range(packed.rows).seed(seed).shuffle().repeat(None)
+        order = grain.MapDataset.range(packed.rows).seed(seed).shuffle().repeat(None)
     else:
-        rows = grain.MapDataset.range(-(-packed.rows // config.batch_size) * config.batch_size)
+        order = grain.MapDataset.range(-(-packed.rows // config.batch_size) * config.batch_size)
+    mine = np.arange(config.batch_size) if rows is None else rows
     # There is no remainder; without saying so, the length of an endless stream overflows.
-    parts = rows.batch(config.batch_size // process_count, drop_remainder=True)
-    mine = parts.slice(slice(process_index, None, process_count)).map(packed.read)
+    dataset = order.batch(config.batch_size, drop_remainder=True).map(lambda batch: packed.read(batch[mine]))
     stream = dict(data=data.checksum, split=split, seed=seed)
     stream |= {name: getattr(config, name) for name in ("context", "batch_size", "long_documents")}
-    return BatchIterator(mine, stream, config.workers)
+    return BatchIterator(dataset, stream, config.workers)
 
 
 @functools.cache

@@ -18,6 +18,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from mamba3_jax.checks import check_array, check_choice, check_rank, check_segment_ids
+from mamba3_jax.distributed.rules import constrain
 from mamba3_jax.layers.conv import CausalConv, check_tail
 from mamba3_jax.layers.parameters import linear
 from mamba3_jax.ops import rope_frequencies
@@ -200,7 +201,12 @@ class Attention(nnx.Module):
             positions = state.position[:, None] + jnp.arange(t, dtype=jnp.int32)[None]
             angle = positions[:, :, None, None].astype(qkv.dtype) * turn[None, None, None]
             q, k = (jnp.concatenate([rotate(a[..., :turning], angle), a[..., turning:]], axis=-1) for a in (q, k))
-        return *(a.astype(self.dtype) for a in (q, k, v)), tail
+        # Every query sees the keys of all devices.
+        q, k, v = (
+            constrain(a.astype(self.dtype), "batch", time, "heads", None)
+            for a, time in ((q, "time"), (k, None), (v, None))
+        )
+        return q, k, v, tail
 
 
 def _append(

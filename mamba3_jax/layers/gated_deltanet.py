@@ -20,6 +20,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from mamba3_jax.checks import check_array, check_rank
+from mamba3_jax.distributed.rules import constrain
 from mamba3_jax.layers.conv import CausalConv, check_tail
 from mamba3_jax.layers.norm import RMSNorm
 from mamba3_jax.layers.parameters import Undecayed, linear, log_decay_rate, step_size_bias
@@ -146,7 +147,8 @@ class GatedDeltaNet(nnx.Module):
         return GatedDeltaNetState(empty, self.conv.empty_tail(b) if cfg.conv_width else None)
 
     def _heads(self, u: Float[Array, "b t _"]) -> Float[Array, "b t h _"]:
-        return u.reshape(*u.shape[:2], self.config.nheads, -1)
+        # Time is whole, because the operator scans all of it.
+        return constrain(u.reshape(*u.shape[:2], self.config.nheads, -1), "batch", None, "heads", None)
 
 
 def _normalise(u: Float[Array, "b t h n"], length: float = 1.0) -> Float[Array, "b t h n"]:

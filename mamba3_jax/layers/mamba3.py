@@ -22,6 +22,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from mamba3_jax.checks import check_array, check_choice, check_rank
+from mamba3_jax.distributed.rules import constrain
 from mamba3_jax.layers.conv import CausalConv, check_tail
 from mamba3_jax.layers.norm import RMSNorm, rms_norm
 from mamba3_jax.layers.parameters import Undecayed, linear, step_size_bias
@@ -248,7 +249,7 @@ class Mamba3(nnx.Module):
         )
         if not fused:
             y = self._norm_and_gate(y, z, mimo_z, mimo_o)
-        y = y.reshape(*u.shape[:2], cfg.d_inner).astype(u.dtype)
+        y = constrain(y.reshape(*u.shape[:2], cfg.d_inner).astype(u.dtype), "batch", "time", "heads")
         return self.out_proj(y), MixerState(ssm_state, tail)
 
     def empty_state(self, b: int) -> MixerState:
@@ -271,8 +272,9 @@ class Mamba3(nnx.Module):
         names = list(sizes)[2:]
         ends = np.cumsum([sizes[name] for name in names])[:-1]
         # The small parts keep the product's float32: dt and the angles are summed over the whole sequence.
-        rest = jnp.matmul(u, rest, preferred_element_type=self._wide(u))
-        return dict(z=u @ z, x=u @ x) | dict(zip(names, jnp.split(rest, ends, axis=-1)))
+        rest = jnp.matmul(u, constrain(rest, None, None), preferred_element_type=self._wide(u))
+        z, x = (constrain(u @ constrain(part, None, "heads"), "batch", "time", "heads") for part in (z, x))
+        return dict(z=z, x=x) | dict(zip(names, jnp.split(rest, ends, axis=-1)))
 
     def _project_token(self, u):
         """The same of one token, where the kernel is the larger array: the product is cut."""

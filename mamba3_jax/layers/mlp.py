@@ -6,6 +6,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from mamba3_jax.distributed.rules import constrain
 from mamba3_jax.layers.parameters import linear
 
 WIDTH_MULTIPLE = 128
@@ -28,5 +29,8 @@ class SwiGLU(nnx.Module):
         self.fc2 = linear(width, d_model, rngs=rngs, dtype=dtype, residual_branches=residual_branches)
 
     def __call__(self, x: Float[Array, "*shape d"]) -> Float[Array, "*shape d"]:
-        value, gate = jnp.split(self.fc1(x), 2, axis=-1)
-        return self.fc2(value * jax.nn.silu(gate))
+        # One product, whose halves are each cut over devices.
+        dtype = self.fc1.dtype
+        kernel = self.fc1.kernel[...].astype(dtype).reshape(x.shape[-1], 2, -1)
+        halves = jnp.einsum("...d,dkw->...kw", x.astype(dtype), constrain(kernel, None, None, "mlp"))
+        return self.fc2(halves[..., 0, :] * jax.nn.silu(halves[..., 1, :]))

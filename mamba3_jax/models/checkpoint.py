@@ -59,7 +59,7 @@ def save_model(path: Path, config: LMConfig, parameters: dict, tokenizer: Path |
         (unfinished / CONFIG).write_text(yaml.safe_dump(config_to_dict(config), sort_keys=False))
         if tokenizer is not None:
             shutil.copyfile(tokenizer, unfinished / TOKENIZER)
-        with ocp.StandardCheckpointer() as checkpointer:
+        with _checkpointer() as checkpointer:
             checkpointer.save((unfinished / PARAMETERS).absolute(), arrays)
         (unfinished / CHECKSUMS).write_text(json.dumps(_checksums(unfinished / PARAMETERS), indent=1) + "\n")
 
@@ -81,7 +81,7 @@ def load_model(path: Path, dtype: str | None = None) -> LM:
     if dtype is not None:
         config = dataclasses.replace(config, dtype=dtype)
     _check_files(directory)
-    with ocp.StandardCheckpointer() as checkpointer:
+    with _checkpointer() as checkpointer:
         folder = directory / PARAMETERS
         stored = dict(checkpointer.metadata(folder.absolute()).item_metadata.tree)
         layers = {name.split(".")[1] for name in stored if name.startswith("blocks.")}
@@ -99,6 +99,13 @@ def load_model(path: Path, dtype: str | None = None) -> LM:
         arrays = checkpointer.restore(folder.absolute(), wanted)
     nnx.replace_by_pure_dict(state, _nested(arrays))
     return nnx.merge(graph, state)
+
+
+def _checkpointer() -> ocp.StandardCheckpointer:
+    """Which does not wait for other processes, of which perhaps none reads or writes the same."""
+    index = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(index, {index}, barrier_sync_key_prefix=f"alone_{index}")
+    return ocp.StandardCheckpointer(multiprocessing_options=alone)
 
 
 def model_directory(path: Path) -> Path:

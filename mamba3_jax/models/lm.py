@@ -11,6 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from mamba3_jax.checks import check_array, check_choice, check_rank
+from mamba3_jax.distributed.rules import constrain
 from mamba3_jax.layers import AnyMixerState, Attention, AttentionConfig, MixerConfig, RMSNorm, SwiGLU, build_mixer
 
 Cache = tuple[AnyMixerState, ...]
@@ -94,7 +95,7 @@ class Block(nnx.Module):
         self, x: Float[Array, "b t d"], state: AnyMixerState | None, segment_ids: Int[Array, "b t"] | None
     ) -> tuple[Float[Array, "b t d"], AnyMixerState]:
         mixed, state = self.mixer(self.norm(x).astype(self.dtype), state, segment_ids)
-        return self._add(x, mixed), state
+        return constrain(self._add(x, mixed), "batch", "time", None), state
 
     def step(self, x: Float[Array, "b d"], state: AnyMixerState) -> tuple[Float[Array, "b d"], AnyMixerState]:
         """One decode step."""
@@ -145,7 +146,9 @@ class LM(nnx.Module):
         check_array("tokens", tokens, "b t", dict(b=b, t=t), kind=jnp.integer)
         if cache is not None:
             self._check_cache(cache)
-        x = self._embed(tokens)
+        # Rows are cut along fsdp, and so is the matrix: what was looked up is exchanged, which is less than the matrix.
+        x = constrain(self._embed(tokens), "copies", "time", "embed")
+        x = constrain(x, "batch", "time", None)
         states = []
         for i, block in enumerate(self.blocks):
             x, state = block(x, None if cache is None else cache[i], segment_ids)

@@ -23,6 +23,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from mamba3_jax.checks import check_array, check_choice, check_rank, check_segment_ids
+from mamba3_jax.distributed import operator as distributed
+from mamba3_jax.distributed.rules import cutting_mesh
 from mamba3_jax.ops import output
 from mamba3_jax.ops.chunked import chunked, default_chunk_size
 from mamba3_jax.ops.decode import decode
@@ -69,7 +71,8 @@ def ssm(
 ) -> tuple[Float[Array, "b t h p"] | Float[Array, "b t r h p"], SSMState]:
     """The Mamba-3 SSM over whole sequences (sections 3.1 to 3.3 of arXiv:2603.15569).
 
-    Differentiable in every floating-point argument, the initial state included.
+    Differentiable in every floating-point argument, the initial state included. Under an ambient mesh of this library's
+    axes (`jax.set_mesh`) every device computes its rows, heads and tokens; see distributed/operator.py.
 
     Args:
         x: input, in the dtype of the matrix products and of the output.
@@ -105,6 +108,13 @@ def ssm(
     call = _check(
         x, B, C, dt, A, lam, omega, B_bias, C_bias, D, z, mimo_x, mimo_z, mimo_o, rotation, segment_ids, chunk_size
     )
+    if initial_state is not None:
+        _check_state(initial_state, call)
+    if (mesh := cutting_mesh()) is not None:
+        tokens = dict(x=x, B=B, C=C, dt=dt, A=A, lam=lam, omega=omega, z=z, segment_ids=segment_ids)
+        weights = dict(B_bias=B_bias, C_bias=C_bias, D=D, mimo_x=mimo_x, mimo_z=mimo_z, mimo_o=mimo_o)
+        options = dict(rotation=rotation, implementation=implementation, chunk_size=chunk_size)
+        return distributed.on_mesh(mesh, ssm, **tokens, **weights, **options, initial_state=initial_state)
     picked = _choose(implementation, call.t, functools.partial(refusal, x, B, C, omega, z))
     # The kernels want neighbouring pairs, which for SISO are those of the checkpoint: nothing to move.
     orders = (to_interleaved, from_interleaved) if picked == "triton" else (to_pair_order, from_pair_order)
@@ -130,7 +140,7 @@ def ssm(
             o, state = recurrent(inputs, state)
             y = _epilogue(o, x, D, z, mimo_x, mimo_z, mimo_o)
         case "chunked":
-            o, state = chunked(inputs, state, chunk_size or default_chunk_size(jax.default_backend(), call.r))
+            o, state = chunked(inputs, state, chunk_size or default_chunk_size(_platform(), call.r))
             y = _epilogue(o, x, D, z, mimo_x, mimo_z, mimo_o)
     return y.astype(x.dtype), state._replace(ssm=from_order(state.ssm), k=from_order(state.k))
 
@@ -178,17 +188,20 @@ def ssm_step(
     shared = dict(B_bias=B_bias, C_bias=C_bias, D=D, mimo_x=mimo_x, mimo_z=mimo_z, mimo_o=mimo_o, rotation=rotation)
     if implementation == "triton":
         _check_gpu()
+    _check_state(state, _check(*tokens, z=with_time(z), **shared, segment_ids=None, chunk_size=None))
+    if (mesh := cutting_mesh()) is not None:
+        token = dict(x=x, B=B, C=C, dt=dt, A=A, lam=lam, omega=omega, z=z)
+        return distributed.on_mesh(mesh, ssm_step, **token, **shared, state=state, implementation=implementation)
     if implementation == "triton" or (implementation is None and _one_gpu()):
-        _check_state(state, _check(*tokens, z=with_time(z), **shared, segment_ids=None, chunk_size=None))
         try:
             result = decode(x, B, C, dt, A, lam, omega, z=z, **shared, state=state)
-            _log_choice("triton", jax.default_backend(), "steps")
+            _log_choice("triton", _platform(), "steps")
             return result
         except NotImplementedError as reason:
             # The kernel refuses sizes and dtypes before it computes.
             if implementation == "triton":
                 raise
-            _log_choice("recurrent", jax.default_backend(), f"steps ({reason})")
+            _log_choice("recurrent", _platform(), f"steps ({reason})")
             implementation = "recurrent"
     y, state = ssm(*tokens, z=with_time(z), **shared, initial_state=state, implementation=implementation)
     return y[:, 0], state
@@ -201,7 +214,7 @@ def _choose(implementation: Implementation | None, t: int, refuses: Callable[[],
         if t > 1 and _platform() == "cuda":
             reason = refuses()
             picked, what = (picked, f"sequences ({reason})") if reason else ("triton", what)
-        _log_choice(picked, jax.default_backend(), what)
+        _log_choice(picked, _platform(), what)
         return picked
     check_choice("implementation", implementation, get_args(Implementation))
     if implementation == "tpu":
@@ -216,16 +229,19 @@ def _choose(implementation: Implementation | None, t: int, refuses: Callable[[],
 
 
 def _platform() -> str:
-    """What the kernels are compiled for: "cuda" on GPUs that they are written for."""
+    """What the call is compiled for, "cuda" on GPUs that kernels are written for; the mesh may be of another machine."""
+    abstract = jax.sharding.get_abstract_mesh().abstract_device
     device = jax.local_devices()[0]
+    if abstract is not None and abstract.platform != device.platform:
+        return abstract.platform
     if device.platform != "gpu":
         return device.platform
     return "rocm" if "rocm" in device.client.platform_version.lower() else "cuda"
 
 
 def _one_gpu() -> bool:
-    """Several could each hold a part of the state, and the decode kernel does not know to leave it there."""
-    return _platform() == "cuda" and jax.device_count() == 1
+    """Of several, but inside a shard_map, each could hold a part of the state, which the decode kernel would gather."""
+    return _platform() == "cuda" and (jax.device_count() == 1 or bool(jax.sharding.get_abstract_mesh().manual_axes))
 
 
 def _check_gpu() -> None:
@@ -237,9 +253,9 @@ def _check_gpu() -> None:
 
 
 @functools.cache
-def _log_choice(picked: str, backend: str, what: str) -> None:
+def _log_choice(picked: str, platform: str, what: str) -> None:
     """Cached, so that each choice is logged once."""
-    _log.info("ssm on %s: implementation %r for %s", backend, picked, what)
+    _log.info("ssm on %s: implementation %r for %s", platform, picked, what)
 
 
 class _Call(NamedTuple):
@@ -267,7 +283,6 @@ def _check_state(state: SSMState, call: _Call) -> None:
 def _prepare_state(state: SSMState | None, call: _Call, to_order: Callable[[Array], Array]) -> SSMState:
     if state is None:
         return SSMState.zeros(call.b, call.h, call.p, call.n, call.r, call.s, call.dtype)
-    _check_state(state, call)
     state = state.map(lambda a: a.astype(call.dtype))
     return state._replace(ssm=to_order(state.ssm), k=to_order(state.k))
 

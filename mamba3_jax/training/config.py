@@ -7,13 +7,15 @@ import yaml
 
 from mamba3_jax.checks import check_choice
 from mamba3_jax.data.pipeline import DataConfig
+from mamba3_jax.distributed.mesh import MeshConfig
 from mamba3_jax.layers import AttentionConfig, GatedDeltaNetConfig, Mamba2Config, Mamba3Config
 from mamba3_jax.models import LMConfig
 from mamba3_jax.training.optimizer import PretrainingOptimizerConfig
 
 Remat = Literal["none", "blocks"]
-# What may differ between a run and its resumption, because none of it changes a number; and data.workers.
-FREE = ("run_dir", "profile_steps")
+# What may differ between a run and its resumption, because none of it changes a number, or of the mesh no more than the
+# order of sums does; and data.workers.
+FREE = ("run_dir", "profile_steps", "tensorboard", "mesh", "cluster")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +94,9 @@ class TrainConfig:
         seed: of the initial parameters and of the data's order.
         init_from: model directory, or run directory that has one, whose weights the run starts from.
         profile_steps: "a:b" writes a trace of the steps from a to before b, counted from 0.
+        tensorboard: whether the numbers of metrics.jsonl and timing.jsonl also go to TensorBoard, with its extra.
+        mesh: how many devices share the work, and how.
+        cluster: whether this is one process of several that JAX finds: of a TPU pod, or under Slurm, MPI or Kubernetes.
     """
 
     run_dir: str
@@ -111,6 +116,9 @@ class TrainConfig:
     seed: int = 0
     init_from: str | None = None
     profile_steps: str | None = None
+    tensorboard: bool = False
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    cluster: bool = False
 
     def __post_init__(self):
         names = ("steps", "accumulation", "loss_chunk", "log_every", "eval_every", "checkpoint_every", "max_nonfinite")

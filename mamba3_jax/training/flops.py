@@ -16,6 +16,7 @@ The backward pass costs twice the forward pass. What rematerialisation computes 
 from mamba3_jax.layers import AttentionConfig, GatedDeltaNetConfig, Mamba2Config, Mamba3Config, MixerConfig
 from mamba3_jax.layers.mlp import WIDTH_MULTIPLE
 from mamba3_jax.models import LMConfig
+from pallas.tpu.chips import CHIPS
 
 # Dense bfloat16 matrix products per second of one device, from the vendors' data sheets; keys as JAX names devices.
 PEAK_FLOPS = {
@@ -24,15 +25,7 @@ PEAK_FLOPS = {
     "NVIDIA H100 80GB HBM3": 989.4e12,
     "NVIDIA H100 PCIe": 756e12,
     "NVIDIA H200": 989.4e12,
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5": 459e12,
-    "TPU v5p": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
-    "TPU7x": 2307e12,
-}
+} | {kind: chip.bf16_flops for chip in CHIPS.values() for kind in chip.device_kinds}
 
 
 def forward_flops(config: LMConfig, context: int) -> int:

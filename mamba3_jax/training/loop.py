@@ -3,6 +3,8 @@
 A checkpoint holds the state, the data iterator's state, and the metrics of the interval that is not logged yet; lines
 of metrics.jsonl that were written after it are dropped when it is restored. So a run that was killed at any moment
 writes, in the end, the bytes of one that was not. What depends on time goes to timing.jsonl.
+
+Of several processes each runs this, with its own rows of every batch; what they write and where they stop is common.
 """
 
 import contextlib
@@ -11,16 +13,19 @@ import math
 import jax
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
 from mamba3_jax.data.pipeline import BatchIterator, Data, TokenBatch, batches
+from mamba3_jax.distributed.processes import anywhere, is_first, wait_for_all, whole
 from mamba3_jax.models.checkpoint import MODEL, save_model
 from mamba3_jax.training.config import TrainConfig
 from mamba3_jax.training.flops import train_flops
 from mamba3_jax.training.interrupts import interrupts
 from mamba3_jax.training.metrics import Clock, finite, line_of, plot_loss, progress
 from mamba3_jax.training.run_directory import RunDirectory
-from mamba3_jax.training.state import abstract_state, init_state, place, shardings
+from mamba3_jax.training.state import Placement, abstract_state, init_state
 from mamba3_jax.training.step import StepConfig, StepMetrics, compile_evaluation, compile_train_step
+from mamba3_jax.training.tensorboard import TensorBoard
 
 TIMING = "timing.jsonl"
 PLOT = "loss.png"
@@ -36,6 +41,7 @@ class Run:
 
     Args:
         config: the command's.
+        mesh: of all processes' devices, which share the work.
         data: opened.
         directory: the run's; its newest checkpoint is continued.
         parameters: those that a new run starts from; None draws them.
@@ -44,22 +50,26 @@ class Run:
         ValueError: the checkpoint is of another model, or of other data.
     """
 
-    def __init__(self, config: TrainConfig, data: Data, directory: RunDirectory, parameters: nnx.State | None = None):
+    def __init__(
+        self,
+        config: TrainConfig,
+        mesh: Mesh,
+        data: Data,
+        directory: RunDirectory,
+        parameters: nnx.State | None = None,
+    ):
         self.config, self.data, self.directory = config, data, directory
         self.model = config.model.lm(config.model.vocab_size or data.vocab_size)
-        step = StepConfig(
-            self.model, config.optimizer, config.steps, config.accumulation, config.remat, config.z_loss,
-            config.loss_chunk,
-        )  # fmt: skip
-        self._train_step, self._evaluate = compile_train_step(step), compile_evaluation(step)
-        self._batch_sharding = shardings(self.model, config.optimizer).batch
+        step = StepConfig.of(config, self.model)
+        self._train_step, self._evaluate = compile_train_step(step, mesh), compile_evaluation(step, mesh)
+        self._place = Placement(config.data, mesh)
         self._iterator = self._batches("train")
         # Metrics of the steps since the last line: of the last one perhaps still on the device.
         self._pending: list[dict] = []
         self._in_flight: StepMetrics | None = None
-        restored = directory.restore(abstract_state(self.model, config.optimizer))
+        restored = directory.restore(abstract_state(self.model, config.optimizer, mesh))
         if restored is None:
-            self.state = init_state(self.model, config.optimizer, seed=config.seed, parameters=parameters)
+            self.state = init_state(self.model, config.optimizer, mesh, seed=config.seed, parameters=parameters)
         else:
             self.state, extra = restored
             self._iterator.set_state(extra["data"])
@@ -67,8 +77,9 @@ class Run:
         self.step = self._saved = int(self.state.step)
         self._skipped_in_row = int(self.state.skipped_in_row)
         tokens = config.data.batch_size * config.data.context
-        self._clock = Clock(tokens, train_flops(self.model, config.data.context))
+        self._clock = Clock(tokens, train_flops(self.model, config.data.context), mesh.devices.flatten().tolist())
         self._compiled = False
+        self._board = TensorBoard(directory.path, self.step) if config.tensorboard and is_first() else None
 
     def advance(self) -> str | None:
         """One step, and what is due after it; its line if there is one.
@@ -78,7 +89,7 @@ class Run:
         """
         self._profile()
         with self._clock.waiting():
-            batch = place(self._next(), self._batch_sharding)
+            batch = self._place(self._next())
         self.state, metrics = self._train_step(self.state, batch)
         self._receive()
         self._in_flight = metrics
@@ -109,13 +120,18 @@ class Run:
         """Ends the data's workers, and waits until the checkpoints are on disk."""
         self._iterator.close()
         self.directory.close()
+        if self._board is not None:
+            self._board.close()
 
     def finish(self) -> None:
         """Writes the model and the plot, each whole or not at all."""
         path = self.directory.path
-        plot_loss(self.directory.metrics(), path / PLOT)
-        if not (path / MODEL).exists():
-            save_model(path / MODEL, self.model, nnx.to_pure_dict(self.state.parameters), self.data.tokenizer_path)
+        parameters = jax.tree.map(whole, nnx.to_pure_dict(self.state.parameters))
+        if is_first():
+            plot_loss(self.directory.metrics(), path / PLOT)
+            if not (path / MODEL).exists():
+                save_model(path / MODEL, self.model, parameters, self.data.tokenizer_path)
+        wait_for_all("have a model")
 
     def validate(self) -> dict[str, float]:
         """Mean loss in nats per target over the validation split, and perplexity."""
@@ -125,17 +141,14 @@ class Run:
             for i, batch in enumerate(iterator):
                 if i == self.config.eval_batches:
                     break
-                sums = jax.device_get(self._evaluate(self.state.parameters, place(batch, self._batch_sharding)))
+                sums = jax.device_get(self._evaluate(self.state.parameters, self._place(batch)))
                 nll, count = nll + float(sums.nll), count + int(sums.count)
         loss = nll / max(1, count)
         perplexity = math.exp(loss) if loss < 700 else math.inf
         return dict(validation_loss=finite(loss), validation_perplexity=finite(perplexity))
 
     def _batches(self, split: str) -> BatchIterator:
-        return batches(
-            self.data, split, seed=self.config.seed, process_index=jax.process_index(),
-            process_count=jax.process_count(),
-        )  # fmt: skip
+        return batches(self.data, split, seed=self.config.seed, rows=self._place.rows)
 
     def _next(self) -> TokenBatch:
         try:
@@ -179,6 +192,8 @@ class Run:
         if evaluate and "validation" in self.data.splits:
             record |= self.validate()
         self.directory.log(record)
+        if self._board is not None:
+            self._board.log(record | timing)
         self._clock.restart()
         return line_of(record, timing, self.config.steps)
 
@@ -198,7 +213,7 @@ class Run:
 
     def _profile(self) -> None:
         """Starts the trace before its first step; ends it when its last one is done."""
-        steps = self.config.profiled
+        steps = self.config.profiled if is_first() else range(0)
         if steps and self.step == steps.start:
             jax.profiler.start_trace(self.directory.path / PROFILE)
         if steps and self.step == steps.stop:
@@ -215,17 +230,18 @@ def train(run: Run) -> None:
     """Trains to the last step and writes the model.
 
     Raises:
-        KeyboardInterrupt: Ctrl-C or SIGTERM, after the step in progress was saved.
+        KeyboardInterrupt: Ctrl-C or SIGTERM, of any process, after the step in progress was saved.
         TrainingStopped: as `Run.advance`.
     """
+    stopped, stopped_anywhere = False, anywhere()
     try:
         with interrupts() as stop, progress(run.config.steps, run.step) as show:
-            while run.step < run.config.steps and not stop:
+            while run.step < run.config.steps and not (stopped := stopped_anywhere(bool(stop))):
                 line = run.advance()
                 show(run.step, line)
             if run.config.profile_steps:
                 run.end_profile()
-            if stop:
+            if stopped:
                 run.save()
                 raise KeyboardInterrupt
     finally:

@@ -2,7 +2,8 @@
 
     nll = sum over the mask of -log p(target)        z = sum over the mask of log(sum exp(logits))^2
 
-The (b, t, vocabulary) logits never exist: those of one chunk of t do, and are computed again in the backward pass. The
+The (b, t, vocabulary) logits never exist: those of one chunk of tokens do, and are computed again in the backward pass.
+Of k chunks each has every k-th token, so that devices among which a row's time is cut have a part of every chunk. The
 softmax is over the true vocabulary, without the entries that pad it. z-loss: section 5 of arXiv:2204.02311 (PaLM).
 """
 
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from mamba3_jax.checks import check_array, check_rank
+from mamba3_jax.distributed.rules import constrain
 
 
 class LossSums(NamedTuple):
@@ -51,15 +53,17 @@ def cross_entropy(
 
     def split(a: Array) -> Array:
         a = jnp.pad(a, [(0, 0), (0, chunks * size - t)] + [(0, 0)] * (a.ndim - 2))
-        return jnp.moveaxis(a.reshape(b, chunks, size, *a.shape[2:]), 1, 0)
+        return jnp.moveaxis(a.reshape(b, size, chunks, *a.shape[2:]), 2, 0)
 
     @jax.checkpoint
     def body(sums, piece):
         x, targets, mask = piece
-        scores = logits(x)[..., :vocab_size]
+        scores = constrain(logits(constrain(x, "batch", "time", None)), "batch", "time", "vocab")
         scores = scores.astype(jnp.promote_types(scores.dtype, jnp.float32))
-        normaliser = jax.nn.logsumexp(scores, axis=-1)
-        chosen = jnp.take_along_axis(scores, jnp.where(mask, targets, 0)[..., None], axis=-1)[..., 0]
+        # Masks, where a slice or an index would gather a vocabulary that is cut over devices.
+        token = jax.lax.broadcasted_iota(targets.dtype, scores.shape, 2)
+        normaliser = jax.nn.logsumexp(jnp.where(token < vocab_size, scores, -jnp.inf), axis=-1)
+        chosen = jnp.sum(jnp.where(token == targets[..., None], scores, 0), axis=-1)
         nll, z = jnp.where(mask, normaliser - chosen, 0), jnp.where(mask, normaliser**2, 0)
         return (sums[0] + jnp.sum(nll), sums[1] + jnp.sum(z)), None
 

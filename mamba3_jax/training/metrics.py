@@ -20,11 +20,12 @@ class Clock:
     Args:
         tokens: of a step, over all processes.
         flops: of a token.
+        devices: that share them.
     """
 
-    def __init__(self, tokens: int, flops: int):
-        self._tokens, self._flops = tokens, flops
-        self._peak = peak_flops(jax.devices()[0].device_kind)
+    def __init__(self, tokens: int, flops: int, devices: list[jax.Device]):
+        self._tokens, self._flops, self._devices = tokens, flops, len(devices)
+        self._peak = peak_flops(devices[0].device_kind)
         self.restart()
 
     def restart(self) -> None:
@@ -51,11 +52,11 @@ class Clock:
             return {}
         seconds = time.perf_counter() - self._began
         speed = self._steps * self._tokens / seconds
-        per_device = speed * self._flops / jax.device_count()
+        per_device = speed * self._flops / self._devices
         read = dict(
             seconds=seconds,
             tokens_per_second=speed,
-            tokens_per_second_per_device=speed / jax.device_count(),
+            tokens_per_second_per_device=speed / self._devices,
             tflops_per_device=per_device / 1e12,
             data_wait=self._waited / seconds,
         )

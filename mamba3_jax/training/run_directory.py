@@ -2,6 +2,9 @@
 
 A directory belongs to one configuration. Opening it with another is refused; opening it with the same continues from
 the newest checkpoint, and metrics written after that checkpoint are dropped, because they will be written again.
+
+Several processes open the same one, on a file system that they share. Each writes its part of a checkpoint, and the
+first one everything else.
 """
 
 import json
@@ -12,6 +15,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from mamba3_jax.checks import check_shapes
+from mamba3_jax.distributed.processes import is_first, wait_for_all
 from mamba3_jax.files import unfinished, whole_file
 
 CHECKPOINTS = "checkpoints"
@@ -38,8 +42,10 @@ class RunDirectory:
             check_same_config(path, config, option)
         elif path.exists() and (not path.is_dir() or any(p != unfinished(existing) for p in path.iterdir())):
             raise ValueError(f"{option}: got {path}, which holds other files; allowed: a run or a new path")
+        wait_for_all("have looked at the run directory")
         path.mkdir(parents=True, exist_ok=True)
         self.write(CONFIG, config)
+        wait_for_all("have a run directory")
         self._checkpoints = ocp.CheckpointManager(
             (path / CHECKPOINTS).absolute(),
             # Named here, so that a checkpoint can be asked for its shapes before it is read.
@@ -65,7 +71,8 @@ class RunDirectory:
         """
         step = self.latest_step
         if step is None:
-            (self.path / METRICS).unlink(missing_ok=True)
+            if is_first():
+                (self.path / METRICS).unlink(missing_ok=True)
             return None
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
         self._check_shapes(step, abstract)
@@ -77,13 +84,15 @@ class RunDirectory:
 
     def save(self, step: int, arrays: Any, extra: dict) -> None:
         """Starts to write a checkpoint; the two newest are kept."""
-        extra = extra | {"metrics_lines": len(self.metrics())}
+        extra = extra | {"metrics_lines": len(self.metrics()) if is_first() else None}
         self._checkpoints.save(
             step, args=ocp.args.Composite(arrays=ocp.args.StandardSave(arrays), extra=ocp.args.JsonSave(extra))
         )
 
     def log(self, record: dict, name: str = METRICS) -> None:
         """Appends one line to metrics.jsonl, or to another file, which a resumption does not touch."""
+        if not is_first():
+            return
         with (self.path / name).open("a") as file:
             file.write(json.dumps(record) + "\n")
 
@@ -94,6 +103,8 @@ class RunDirectory:
 
     def write(self, name: str, text: str) -> None:
         """Writes a file whole or not at all."""
+        if not is_first():
+            return
         with whole_file(self.path / name) as temporary:
             temporary.write_text(text)
 

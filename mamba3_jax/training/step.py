@@ -15,12 +15,15 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from mamba3_jax.data.pipeline import TokenBatch
+from mamba3_jax.distributed.mesh import under
+from mamba3_jax.distributed.rules import constrain
 from mamba3_jax.models import LM, LMConfig, abstract_model
 from mamba3_jax.models.lm import AnyMixerState, Block
-from mamba3_jax.training.config import Remat
+from mamba3_jax.training.config import Remat, TrainConfig
 from mamba3_jax.training.loss import LossSums, cross_entropy
 from mamba3_jax.training.optimizer import PretrainingOptimizerConfig, direction, learning_rate
 from mamba3_jax.training.state import TrainState, shardings
@@ -57,6 +60,12 @@ class StepConfig:
     z_loss: float = 0.0
     loss_chunk: int = 512
 
+    @classmethod
+    def of(cls, config: TrainConfig, model: LMConfig) -> "StepConfig":
+        """Of a run that trains this model."""
+        options = (config.optimizer, config.steps, config.accumulation, config.remat, config.z_loss, config.loss_chunk)
+        return cls(model, *options)
+
 
 class Rematerialised(nnx.Module):
     """A block that keeps its input only, and computes the rest again in the backward pass."""
@@ -76,10 +85,12 @@ class Rematerialised(nnx.Module):
         return call(parameters, x, state, segment_ids)
 
 
-def compile_train_step(config: StepConfig) -> Callable[[TrainState, TokenBatch], tuple[TrainState, StepMetrics]]:
-    """train_step(state, batch) -> (state, metrics), jitted; the state that goes in is donated."""
+def compile_train_step(
+    config: StepConfig, mesh: Mesh
+) -> Callable[[TrainState, TokenBatch], tuple[TrainState, StepMetrics]]:
+    """train_step(state, batch) -> (state, metrics), jitted for the mesh; the state that goes in is donated."""
     graph = _graph(config.model)
-    where = shardings(config.model, config.optimizer)
+    where = shardings(config.model, config.optimizer, mesh)
 
     def train_step(state: TrainState, batch: TokenBatch) -> tuple[TrainState, StepMetrics]:
         count = jnp.maximum(1, jnp.sum(batch.mask))
@@ -88,7 +99,12 @@ def compile_train_step(config: StepConfig) -> Callable[[TrainState, TokenBatch],
             sums = _sums(config, nnx.merge(graph, parameters), rows)
             return (sums.nll + config.z_loss * sums.z) / count, sums.nll / count
 
-        (total, loss), gradient = _accumulate(objective, state.parameters, batch, config.accumulation)
+        def value_and_gradient(parameters, rows):
+            value, gradient = jax.value_and_grad(objective, has_aux=True)(parameters, rows)
+            # Cut like the parameters as soon as it is there, so that no device sums all of it.
+            return value, jax.lax.with_sharding_constraint(gradient, where.state.parameters)
+
+        (total, loss), gradient = _accumulate(value_and_gradient, state.parameters, batch, config.accumulation)
         norm = optax.tree.norm(gradient)
         finite = jnp.isfinite(total) & jnp.isfinite(norm)
         transformation = direction(config.optimizer, state.parameters)
@@ -107,19 +123,22 @@ def compile_train_step(config: StepConfig) -> Callable[[TrainState, TokenBatch],
         return state, StepMetrics(loss, norm, rate, finite, skipped, in_row)
 
     return jax.jit(
-        train_step, donate_argnums=0, in_shardings=(where.state, where.batch), out_shardings=(where.state, None)
+        under(mesh, train_step),
+        donate_argnums=0,
+        in_shardings=(where.state, where.batch),
+        out_shardings=(where.state, None),
     )
 
 
-def compile_evaluation(config: StepConfig) -> Callable[[nnx.State, TokenBatch], LossSums]:
-    """evaluate(parameters, batch) -> the sums of the batch's targets, jitted."""
+def compile_evaluation(config: StepConfig, mesh: Mesh) -> Callable[[nnx.State, TokenBatch], LossSums]:
+    """evaluate(parameters, batch) -> the sums of the batch's targets, jitted for the mesh."""
     graph = _graph(config.model)
-    where = shardings(config.model, config.optimizer)
+    where = shardings(config.model, config.optimizer, mesh)
 
     def evaluate(parameters: nnx.State, batch: TokenBatch) -> LossSums:
         return _sums(config, nnx.merge(graph, parameters), batch)
 
-    return jax.jit(evaluate, in_shardings=(where.state.parameters, where.batch))
+    return jax.jit(under(mesh, evaluate), in_shardings=(where.state.parameters, where.batch))
 
 
 def _sums(config: StepConfig, model: LM, batch: TokenBatch) -> LossSums:
@@ -131,17 +150,17 @@ def _sums(config: StepConfig, model: LM, batch: TokenBatch) -> LossSums:
     )
 
 
-def _accumulate(objective, parameters: nnx.State, batch: TokenBatch, parts: int):
+def _accumulate(value_and_gradient, parameters: nnx.State, batch: TokenBatch, parts: int):
     """((objective, loss), gradient) of the whole batch, one part after the other."""
-    value_and_grad = jax.value_and_grad(objective, has_aux=True)
     if parts == 1:
-        return value_and_grad(parameters, batch)
+        return value_and_gradient(parameters, batch)
 
     def body(total, rows):
-        return jax.tree.map(jnp.add, total, value_and_grad(parameters, rows)), None
+        return jax.tree.map(jnp.add, total, value_and_gradient(parameters, rows)), None
 
     # Every part has rows of the whole batch's length, so that rows spread over devices stay where they are.
     split = jax.tree.map(lambda a: jnp.moveaxis(a.reshape(-1, parts, *a.shape[1:]), 1, 0), batch)
+    split = jax.tree.map(lambda a: constrain(a, None, "batch", "time"), split)
     zero = jnp.zeros((), jnp.float32)
     start = ((zero, zero), jax.tree.map(jnp.zeros_like, parameters))
     return jax.lax.scan(body, start, split)[0]

@@ -3,6 +3,9 @@
     mamba3 train --config configs/lm/tiny_cpu.yaml --run_dir runs/tiny          the built-in corpus, on a CPU in minutes
     mamba3 train --config configs/lm/tiny_cpu.yaml --run_dir runs/b --init_from runs/tiny    from those weights
     mamba3 generate runs/tiny --prompt "The for statement "
+    mamba3 train --config FILE --mesh.data 4 --mesh.tensor 2                                 on eight devices
+
+On several hosts see distributed/processes.py. A run may be resumed on another mesh.
 """
 
 from pathlib import Path
@@ -14,19 +17,24 @@ from flax import nnx
 from mamba3_jax.checks import check_shapes
 from mamba3_jax.command import INTERRUPTED, fail, parse
 from mamba3_jax.data.pipeline import Data, open_data
+from mamba3_jax.distributed import processes
+from mamba3_jax.distributed.mesh import make_mesh
 from mamba3_jax.models import LMConfig, abstract_model
 from mamba3_jax.models.checkpoint import load_model
 from mamba3_jax.training.config import TrainConfig
 from mamba3_jax.training.loop import Run, TrainingStopped, train
 from mamba3_jax.training.run_directory import CONFIG, RunDirectory, check_same_config
+from mamba3_jax.training.state import check_divides
+from mamba3_jax.training.tensorboard import check_installed
 
 
 def main(argv: list[str]) -> int:
     """Runs the command; returns the exit status."""
     config = parse("train", TrainConfig, argv)
     try:
+        processes.initialize(config.cluster)
         run = _open(config)
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:
         fail(" ".join(str(error).split()))
     except OSError as error:
         fail(f"run_dir: got {config.run_dir} ({error.strerror}); allowed: a folder that can be written")
@@ -37,7 +45,8 @@ def main(argv: list[str]) -> int:
     except KeyboardInterrupt:
         print(f"interrupted; the same command resumes {config.run_dir} from its last checkpoint")
         return INTERRUPTED
-    print(f"{config.run_dir}: {config.steps} steps; mamba3 generate {config.run_dir} --prompt ... continues a text")
+    if processes.is_first():
+        print(f"{config.run_dir}: {config.steps} steps; mamba3 generate {config.run_dir} --prompt ... continues a text")
     return 0
 
 
@@ -47,11 +56,15 @@ def _open(config: TrainConfig) -> Run:
     resumed = (path / CONFIG).exists()
     if resumed:
         check_same_config(path, config.text, "run_dir")
+    if config.tensorboard:
+        check_installed()
     data = open_data(config.data)
     model = config.model.lm(config.model.vocab_size or data.vocab_size)
     _check_vocabulary(data, model)
+    mesh = make_mesh(config.mesh)
+    check_divides(mesh, model, config.data, config.accumulation)
     parameters = None if config.init_from is None or resumed else _initial(Path(config.init_from), model)
-    return Run(config, data, RunDirectory(path, config.text, "run_dir"), parameters)
+    return Run(config, mesh, data, RunDirectory(path, config.text, "run_dir"), parameters)
 
 
 def _check_vocabulary(data: Data, model: LMConfig) -> None:
