@@ -38,7 +38,7 @@ def cos_sin(angle: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 def _sin(u: jax.Array) -> jax.Array:
     square = u * u
-    p = jnp.float32(_SIN[-1])
+    p = _SIN[-1]
     for coefficient in _SIN[-2::-1]:
         p = p * square + coefficient
     return u * p
