@@ -1,0 +1,1 @@
+"""TPU kernels of the Mamba-3 operator through Pallas's Mosaic lowering."""
