@@ -25,7 +25,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas.tpu import tiles
 from pallas.tpu.forward import compiler_params
-from pallas.tpu.operands import LANES, TWO_PI, Grid, Operands, Tiling, laid_out, swap_pairs
+from pallas.tpu.operands import KINDS, TWO_PI, Grid, Operands, Tiling, laid_out, swap_pairs
 from pallas.tpu.tiles import Coefficients, Turn, dot
 
 
@@ -58,9 +58,9 @@ class _Step(NamedTuple):
     tiling: Tiling
     ops: Operands
     out: Gradients
-    i: jax.Array  # of the step
+    i: int  # of the step
     block: jax.Array  # of the row
-    lanes: object
+    lanes: slice
     coefficients: Coefficients
 
     def store_sum(self, name: str, index: tuple, u: jax.Array) -> None:
@@ -93,23 +93,21 @@ def _kernel(
         tiles.keep_projections(tiling, ops, kept)
         _zero(summed)
 
-    def body(i, _):
+    mine = pl.ds(step * tiling.blocks, tiling.blocks)
+
+    @pl.when(visit == 0)
+    def _():
+        adjoints[mine] = dlast_ref[...].reshape(tiling.blocks, tiling.lanes, tiling.n)
+
+    for i in range(tiling.blocks):
         block = step * tiling.blocks + i
-        lanes = pl.ds(pl.multiple_of(i * tiling.lanes, tiling.lanes), tiling.lanes)
-
-        @pl.when(visit == 0)
-        def _():
-            adjoints[block] = dlast_ref[lanes]
-
+        lanes = slice(i * tiling.lanes, (i + 1) * tiling.lanes)
         at = _Step(tiling, ops, out, i, block, lanes, Coefficients(tiling, ops.coefficients[i]))
-        dS = _block(at, entries_ref[lanes], dy_ref, adjoints[block], kept, summed)
-        adjoints[block] = dS
+        adjoints[block] = _block(at, entries_ref[lanes], dy_ref, adjoints[block], kept, summed)
 
-        @pl.when(visit == grid.chunks - 1)
-        def _():
-            dh0_ref[lanes] = dS
-
-    lax.fori_loop(0, tiling.blocks, body, None)
+    @pl.when(visit == grid.chunks - 1)
+    def _():
+        dh0_ref[...] = adjoints[mine].reshape(dh0_ref.shape)
 
     @pl.when(of_group == grid.steps_per_group - 1)
     def _():
@@ -144,7 +142,6 @@ class _Head(NamedTuple):
     left: list[jax.Array]  # dS k
     dS: jax.Array
     rows: dict[str, jax.Array]  # (1, c)
-    columns: dict[str, jax.Array]  # (c, 1), to be added to the rows
 
 
 def _block(at: _Step, h, dy_ref, dS, kept, summed) -> jax.Array:
@@ -152,7 +149,7 @@ def _block(at: _Step, h, dy_ref, dS, kept, summed) -> jax.Array:
     tiling, dtype = at.tiling, at.ops.x.dtype
     turns = tiles.turns(tiling, at.ops, at.block, at.coefficients)
     values = _values(at, dy_ref)
-    entry, exit = (at.coefficients.on_lanes(kind, tiling.lanes, tiling.p) for kind in ("entry", "exit"))
+    entry, exit = (at.coefficients.on_lanes(kind, tiling.p) for kind in ("entry", "exit"))
     seen = [(g * entry).astype(dtype) for g in values.g]
     written = [(v.astype(jnp.float32) * exit).astype(dtype) for v in values.v]
     heads = [
@@ -173,9 +170,8 @@ def _block(at: _Step, h, dy_ref, dS, kept, summed) -> jax.Array:
     dentry = sum(g * u for g, u in zip(values.g, entered))
     dexit = sum(v.astype(jnp.float32) * u for v, u in zip(values.v, left))
     _store_coefficients(at, heads, dentry, dexit)
-    at.out.through[pl.ds(at.block, 1)] = jnp.sum(dS * h.astype(jnp.float32), axis=1, keepdims=True).T
-    through = at.ops.through[pl.ds(at.block, 1)].T
-    return through * dS + jnp.concatenate([u.dS for u in heads], axis=0)
+    at.out.through[pl.ds(at.block, 1)] = _sum_of_rows(dS * h.astype(jnp.float32))
+    return tiles.through(tiling, at.ops, at.block) * dS + jnp.concatenate([u.dS for u in heads], axis=0)
 
 
 def _values(at: _Step, dy_ref) -> _Values:
@@ -230,8 +226,7 @@ def _head(at: _Step, head: int, turn: Turn | None, values: _Values, seen, writte
             dk[j] += dot(M, q[i], (0, 0))
             o[i] = _add(o[i], dot(WY, values.v[j]))
             dv[j] = _add(dv[j], dot(WY, g[i], (0, 0)))
-    rows, columns = _of_weights(at, head, decays * XY, XY)
-    columns |= _project_back(at, head, turn, (B, C), (dk, dq), summed)
+    rows = _of_weights(at, head, decays * XY, XY) | _project_back(at, head, turn, (B, C), (dk, dq), summed)
     channels = slice(head * tiling.p, (head + 1) * tiling.p)
     return _Head(
         o,
@@ -240,7 +235,6 @@ def _head(at: _Step, head: int, turn: Turn | None, values: _Values, seen, writte
         left=[dot(u, dS, (1, 1)) for u in k],
         dS=sum(dot(u.T[channels], q_) for u, q_ in zip(seen, q)),
         rows=rows,
-        columns=columns,
     )
 
 
@@ -248,18 +242,23 @@ def _add(total: jax.Array | None, u: jax.Array) -> jax.Array:
     return u if total is None else total + u
 
 
-def _of_weights(at: _Step, head: int, EXY: jax.Array, XY: jax.Array) -> tuple[dict, dict]:
-    """Rows and columns that the decays and weights receive."""
+def _of_weights(at: _Step, head: int, EXY: jax.Array, XY: jax.Array) -> dict[str, jax.Array]:
+    """The rows that the decays and weights receive."""
     i, j = (lax.broadcasted_iota(jnp.int32, XY.shape, axis) for axis in (0, 1))
     scale = at.coefficients.row("scale", head)
     dscale = jnp.sum(EXY, axis=0, keepdims=True)
     dgamma = jnp.sum(jnp.where(i == j, XY, 0.0), axis=0, keepdims=True)
-    rows = dict(fine=-scale * dscale, scale=dscale, gamma=dgamma)
-    return rows, dict(fine=jnp.sum(EXY * scale, axis=1, keepdims=True))
+    dcs = _sum_of_rows(EXY * scale) - scale * dscale
+    return dict(coarse=dcs, fine=dcs, scale=dscale, gamma=dgamma)
+
+
+def _sum_of_rows(u: jax.Array) -> jax.Array:
+    """(c, width) -> (1, c): a transposition is cheaper than a sum along the lanes, and leaves tokens on them."""
+    return jnp.sum(u.T, axis=0, keepdims=True)
 
 
 def _project_back(at: _Step, head: int, turn: Turn | None, projections, gradients, summed) -> dict[str, jax.Array]:
-    """From dk and dq to dB, dC, their biases and the angles; the column dclock is returned."""
+    """From dk and dq to dB, dC, their biases and the angles; the row dclock is returned."""
     tiling = at.tiling
     index = at.block * tiling.heads + head
     dtheta = None
@@ -276,9 +275,9 @@ def _project_back(at: _Step, head: int, turn: Turn | None, projections, gradient
         return {}
     received = tiles.sums(tiles.triangle(tiling.c, upper=True), dtheta, at.ops.x.dtype)
     at.out.theta0[pl.ds(index, 1)] = received[:1]
-    at.out.omega[...] += received * at.coefficients.column("clock", head)
+    at.out.omega[...] += received * at.coefficients.columns("clock", head, tiling.n)
     omega = at.ops.omega[:, : tiling.n] * TWO_PI
-    return dict(clock=jnp.sum(received * omega, axis=1, keepdims=True))
+    return dict(clock=_sum_of_rows(received * omega))
 
 
 def _store_values(at: _Step, values: _Values, o: list[jax.Array], dv: list[jax.Array]) -> None:
@@ -313,23 +312,18 @@ def _store_values(at: _Step, values: _Values, o: list[jax.Array], dv: list[jax.A
 
 
 def _store_coefficients(at: _Step, heads: list[_Head], dentry: jax.Array, dexit: jax.Array) -> None:
-    """The columns are put side by side in one array and transposed, then the rows are added."""
+    """dentry and dexit (c, lanes) before their sum over a head's lanes; every row of the block is written."""
     tiling = at.tiling
-    table = jnp.zeros((tiling.c, LANES), jnp.float32)
-    index = tiles.lane(table.shape)
+    of_lanes = dict(entry=dentry.T, exit=dexit.T)
     for head, one in enumerate(heads):
-        columns = one.columns | {
-            kind: jnp.sum(tiles.only_head(tiling, u, head), axis=1, keepdims=True)
-            for kind, u in (("entry", dentry), ("exit", dexit))
-        }
-        for kind, column in columns.items():
-            table = jnp.where(index == tiles.row_of(tiling, kind, head), column, table)
-    at.out.coefficients[at.i] = table.T[: tiling.rows]
-    for head, one in enumerate(heads):
-        for kind, row in one.rows.items():
-            at.out.coefficients[at.i, pl.ds(tiles.row_of(tiling, kind, head), 1)] += row
-    coarse, fine = (pl.ds(tiles.row_of(tiling, kind, 0), tiling.heads) for kind in ("coarse", "fine"))
-    at.out.coefficients[at.i, coarse] = at.out.coefficients[at.i, fine]
+        mine = slice(head * tiling.p, (head + 1) * tiling.p)
+        rows = one.rows | {kind: jnp.sum(u[mine], axis=0, keepdims=True) for kind, u in of_lanes.items()}
+        for kind in KINDS:
+            i = tiles.row_of(tiling, kind, head)
+            at.out.coefficients[at.i, i : i + 1] = rows.get(kind, jnp.zeros((1, tiling.c), jnp.float32))
+    unused = tiling.rows - len(KINDS) * tiling.heads
+    if unused:
+        at.out.coefficients[at.i, -unused:] = jnp.zeros((unused, tiling.c), jnp.float32)
 
 
 def _call(ops: Operands, entries, dy, dlast, grid: Grid) -> tuple[Gradients, jax.Array]:

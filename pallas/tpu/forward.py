@@ -33,25 +33,24 @@ def _kernel(ops: Operands, h0_ref, y_ref, last_ref, entries_ref, states, kept, *
     def _():
         tiles.keep_projections(tiling, ops, kept)
 
-    def body(i, _):
+    mine = pl.ds(step * tiling.blocks, tiling.blocks)
+    of_step = tiling.blocks, tiling.lanes, tiling.n
+
+    @pl.when(chunk == 0)
+    def _():
+        states[mine] = h0_ref[...].reshape(of_step)
+
+    if entries_ref is not None:
+        entries_ref[...] = states[mine].reshape(entries_ref.shape).astype(entries_ref.dtype)
+    # Unrolled, and without a branch between them, so that one block's latencies hide behind another's work.
+    for i in range(tiling.blocks):
         block = step * tiling.blocks + i
-        lanes = pl.ds(pl.multiple_of(i * tiling.lanes, tiling.lanes), tiling.lanes)
+        lanes = slice(i * tiling.lanes, (i + 1) * tiling.lanes)
+        states[block] = _block(tiling, ops, y_ref, states[block], kept, i, block, lanes)
 
-        @pl.when(chunk == 0)
-        def _():
-            states[block] = h0_ref[lanes]
-
-        h = states[block]
-        if entries_ref is not None:
-            entries_ref[lanes] = h.astype(entries_ref.dtype)
-        h = _block(tiling, ops, y_ref, h, kept, i, block, lanes)
-        states[block] = h
-
-        @pl.when(chunk == grid.chunks - 1)
-        def _():
-            last_ref[lanes] = h
-
-    lax.fori_loop(0, tiling.blocks, body, None)
+    @pl.when(chunk == grid.chunks - 1)
+    def _():
+        last_ref[...] = states[mine].reshape(last_ref.shape)
 
 
 def _block(tiling: Tiling, ops: Operands, y_ref, h, kept, i, block, lanes) -> jax.Array:
@@ -62,7 +61,7 @@ def _block(tiling: Tiling, ops: Operands, y_ref, h, kept, i, block, lanes) -> ja
     turns = tiles.turns(tiling, ops, block, coefficients)
     ranks = range(tiling.r)
     v = [tiles.value(ops, x, block, rank) for rank in ranks]
-    exit = coefficients.on_lanes("exit", tiling.lanes, tiling.p)
+    exit = coefficients.on_lanes("exit", tiling.p)
     written = [(u.astype(jnp.float32) * exit).astype(dtype).T for u in v]
     low = h.astype(dtype)
 
@@ -80,7 +79,7 @@ def _block(tiling: Tiling, ops: Operands, y_ref, h, kept, i, block, lanes) -> ja
         mine = slice(head * tiling.p, (head + 1) * tiling.p)
         added.append(sum(dot(w[mine], k_) for w, k_ in zip(written, k)))
 
-    entry = coefficients.on_lanes("entry", tiling.lanes, tiling.p)
+    entry = coefficients.on_lanes("entry", tiling.p)
     z = None if ops.z is None else ops.z[:, lanes]
     y = None
     for rank in ranks:
@@ -93,9 +92,7 @@ def _block(tiling: Tiling, ops: Operands, y_ref, h, kept, i, block, lanes) -> ja
             y = o if y is None else y + o
     if y is not None:
         y_ref[:, lanes] = y.astype(y_ref.dtype)
-    # On the lanes of a row, so that the state's rows need it as a column.
-    through = ops.through[pl.ds(block, 1)].T
-    return through * h + jnp.concatenate(added, axis=0)
+    return tiles.through(tiling, ops, block) * h + jnp.concatenate(added, axis=0)
 
 
 def _project(tiling: Tiling, ops: Operands, kept, head, turn, of: str, rank: int) -> jax.Array:

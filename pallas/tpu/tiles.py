@@ -54,25 +54,34 @@ def lane(shape: tuple[int, int]) -> jax.Array:
 
 
 class Coefficients:
-    """The coefficients of a block's heads: tokens on lanes (rows) or on sublanes (columns)."""
+    """The coefficients of a block's heads, with tokens on lanes (rows) or on sublanes (columns).
+
+    Columns are transposed from rows that are repeated on sublanes: seven times cheaper than a column's broadcast along
+    the lanes, one of the slow instructions.
+    """
 
     def __init__(self, tiling: Tiling, rows: jax.Array):
-        self._tiling, self._rows, self._columns = tiling, rows, rows.T
+        self._tiling, self._rows = tiling, rows
 
     def row(self, kind: str, head: int) -> jax.Array:
         """(1, c)"""
         i = row_of(self._tiling, kind, head)
         return self._rows[i : i + 1]
 
-    def column(self, kind: str, head: int) -> jax.Array:
-        """(c, 1)"""
-        i = row_of(self._tiling, kind, head)
-        return self._columns[:, i : i + 1]
+    def columns(self, kind: str, head: int, width: int) -> jax.Array:
+        """(c, width), the same column on every lane."""
+        return repeated(self.row(kind, head), width).T
 
-    def on_lanes(self, kind: str, width: int, per_head: int) -> jax.Array:
-        """(c, width): each head's column on its `per_head` lanes."""
-        columns = [self.column(kind, head) for head in range(self._tiling.heads)]
-        return by_head([jnp.broadcast_to(u, (u.shape[0], width)) for u in columns], per_head)
+    def on_lanes(self, kind: str, per_head: int) -> jax.Array:
+        """(c, heads per_head): each head's column on its own lanes."""
+        return jnp.concatenate(
+            [repeated(self.row(kind, head), per_head) for head in range(self._tiling.heads)], axis=0
+        ).T
+
+
+def repeated(row: jax.Array, size: int) -> jax.Array:
+    """(1, c) -> (size, c)"""
+    return jnp.broadcast_to(row, (size, row.shape[1]))
 
 
 def row_of(tiling: Tiling, kind: str, head: int) -> int:
@@ -108,8 +117,10 @@ def turns(tiling: Tiling, ops: Operands, block, coefficients: Coefficients) -> l
     s, n, heads, width = tiling.s, tiling.n, tiling.heads, tiling.angle_lanes
     if s == 0:
         return [None] * heads
-    step = ops.omega[...] * coefficients.on_lanes("clock", width, 2 * s)
-    step = step - jnp.round(step)
+    clock = coefficients.on_lanes("clock", 2 * s)
+    clock = jnp.pad(clock, ((0, 0), (0, width - clock.shape[1])))
+    step = ops.omega[...] * clock
+    step = step - nearest(step)
     angle = ops.theta0[pl.ds(block, 1)] + sums(triangle(tiling.c), step, ops.x.dtype)
     both = cosine(angle)
     channel = lane((tiling.c, n))
@@ -130,12 +141,17 @@ def turns(tiling: Tiling, ops: Operands, block, coefficients: Coefficients) -> l
 
 def cosine(turns: jax.Array) -> jax.Array:
     """cos(2 pi turns) to 1e-7: a quarter turn less the distance to the nearest whole turn, then a polynomial in it."""
-    u = 0.25 - jnp.abs(turns - jnp.round(turns))
+    u = 0.25 - jnp.abs(turns - nearest(turns))
     square = u * u
     out = jnp.float32(SINE[-1])
     for coefficient in SINE[-2::-1]:
         out = out * square + jnp.float32(coefficient)
     return out * u
+
+
+def nearest(u: jax.Array) -> jax.Array:
+    """u rounded, for |u| < 2^22: 1.5 2^23 leaves no bits for a fraction. `jnp.round` takes ten operations here."""
+    return (u + 12582912.0) - 12582912.0
 
 
 def _sine_coefficients() -> tuple[float, ...]:
@@ -187,7 +203,10 @@ def projection(tiling: Tiling, kept, bias, of: str, rank: int, head) -> Projecti
 
 def later(tiling: Tiling, coefficients: Coefficients, head: int) -> jax.Array:
     """exp(cs_i - cs_j) for i > j, else 0; (c, c). A document's first token decays to 0 what came before."""
-    exponent = sum(coefficients.column(kind, head) - coefficients.row(kind, head) for kind in ("coarse", "fine"))
+    c = tiling.c
+    exponent = sum(
+        coefficients.columns(kind, head, c) - coefficients.row(kind, head) for kind in ("coarse", "fine")
+    )
     i, j = (lax.broadcasted_iota(jnp.int32, exponent.shape, axis) for axis in (0, 1))
     return jnp.exp(jnp.where(i > j, exponent, -jnp.inf))
 
@@ -196,6 +215,11 @@ def weights(tiling: Tiling, coefficients: Coefficients, head: int, decays: jax.A
     """W from `later`."""
     i, j = (lax.broadcasted_iota(jnp.int32, decays.shape, axis) for axis in (0, 1))
     return jnp.where(i == j, coefficients.row("gamma", head), decays * coefficients.row("scale", head))
+
+
+def through(tiling: Tiling, ops: Operands, block) -> jax.Array:
+    """What the state's rows keep, (lanes, n)."""
+    return repeated(ops.through[pl.ds(block, 1)], tiling.n).T
 
 
 def value(ops: Operands, x: jax.Array, block, rank: int) -> jax.Array:
