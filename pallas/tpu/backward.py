@@ -26,7 +26,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas.tpu import tiles
 from pallas.tpu.forward import compiler_params
 from pallas.tpu.operands import KINDS, TWO_PI, Grid, Operands, Tiling, laid_out, swap_pairs
-from pallas.tpu.tiles import Coefficients, Turn, dot
+from pallas.tpu.tiles import Block, Turn, dot
 
 
 class Gradients(NamedTuple):
@@ -53,15 +53,12 @@ _PER_ROW = ("B_bias", "C_bias", "D", "mimo_x", "mimo_z", "mimo_o")
 
 
 class _Step(NamedTuple):
-    """One block of a step: which, and what all its parts read."""
+    """What all parts of one block's work read and write."""
 
     tiling: Tiling
     ops: Operands
     out: Gradients
-    i: int  # of the step
-    block: jax.Array  # of the row
-    lanes: slice
-    coefficients: Coefficients
+    block: Block
 
     def store_sum(self, name: str, index: tuple, u: jax.Array) -> None:
         """Adds the sum of u (c, width) over its tokens to one row of an output."""
@@ -99,11 +96,9 @@ def _kernel(
     def _():
         adjoints[mine] = dlast_ref[...].reshape(tiling.blocks, tiling.lanes, tiling.n)
 
-    for i in range(tiling.blocks):
-        block = step * tiling.blocks + i
-        lanes = slice(i * tiling.lanes, (i + 1) * tiling.lanes)
-        at = _Step(tiling, ops, out, i, block, lanes, Coefficients(tiling, ops.coefficients[i]))
-        adjoints[block] = _block(at, entries_ref[lanes], dy_ref, adjoints[block], kept, summed)
+    for block in tiles.blocks(tiling, ops, step):
+        at = _Step(tiling, ops, out, block)
+        adjoints[block.index] = _block(at, entries_ref[block.lanes], dy_ref, adjoints[block.index], kept, summed)
 
     @pl.when(visit == grid.chunks - 1)
     def _():
@@ -147,14 +142,13 @@ class _Head(NamedTuple):
 def _block(at: _Step, h, dy_ref, dS, kept, summed) -> jax.Array:
     """Writes all gradients of one block; h (lanes, n) in the dtype of x. dS (lanes, n) at the chunk's start."""
     tiling, dtype = at.tiling, at.ops.x.dtype
-    turns = tiles.turns(tiling, at.ops, at.block, at.coefficients)
     values = _values(at, dy_ref)
-    entry, exit = (at.coefficients.on_lanes(kind, tiling.p) for kind in ("entry", "exit"))
+    entry, exit = (at.block.coefficients.on_lanes(kind, tiling.p) for kind in ("entry", "exit"))
     seen = [(g * entry).astype(dtype) for g in values.g]
     written = [(v.astype(jnp.float32) * exit).astype(dtype) for v in values.v]
     heads = [
         _head(at, head, turn, values, seen, written, h, dS.astype(dtype), kept, summed)
-        for head, turn in enumerate(turns)
+        for head, turn in enumerate(at.block.turns)
     ]
 
     def of_lanes(name: str) -> list[jax.Array]:
@@ -170,16 +164,16 @@ def _block(at: _Step, h, dy_ref, dS, kept, summed) -> jax.Array:
     dentry = sum(g * u for g, u in zip(values.g, entered))
     dexit = sum(v.astype(jnp.float32) * u for v, u in zip(values.v, left))
     _store_coefficients(at, heads, dentry, dexit)
-    at.out.through[pl.ds(at.block, 1)] = _sum_of_rows(dS * h.astype(jnp.float32))
-    return tiles.through(tiling, at.ops, at.block) * dS + jnp.concatenate([u.dS for u in heads], axis=0)
+    at.out.through[pl.ds(at.block.index, 1)] = _sum_of_rows(dS * h.astype(jnp.float32))
+    return tiles.through(tiling, at.ops, at.block.index) * dS + jnp.concatenate([u.dS for u in heads], axis=0)
 
 
 def _values(at: _Step, dy_ref) -> _Values:
-    ops, lanes = at.ops, at.lanes
+    ops, lanes = at.ops, at.block.lanes
     x, z = ops.x[:, lanes], None if ops.z is None else ops.z[:, lanes]
     out = _Values([], [], [], None if z is None else [])
     for rank in range(at.tiling.r):
-        out.v.append(tiles.value(ops, x, at.block, rank))
+        out.v.append(tiles.value(ops, x, at.block.index, rank))
         if ops.mimo_x is not None and ops.mimo_o is None:
             dy = dy_ref[rank, :, lanes].astype(jnp.float32)
         else:
@@ -189,8 +183,8 @@ def _values(at: _Step, dy_ref) -> _Values:
         if z is None:
             out.g.append(dy)
             continue
-        u = tiles.gate(ops, z, at.block, rank)
-        sigmoid = jax.nn.sigmoid(u)
+        u = tiles.gate(ops, z, at.block.index, rank)
+        sigmoid = tiles.sigmoid(u, x.dtype)
         swish = u * sigmoid
         out.g.append(dy * swish)
         out.slope.append(sigmoid + swish * (1 - sigmoid))
@@ -198,15 +192,15 @@ def _values(at: _Step, dy_ref) -> _Values:
 
 
 def _before_contraction(at: _Step, dy: jax.Array, rank: int) -> jax.Array:
-    return dy if at.ops.mimo_o is None else dy * at.ops.mimo_o[rank, pl.ds(at.block, 1)]
+    return dy if at.ops.mimo_o is None else dy * at.ops.mimo_o[rank, pl.ds(at.block.index, 1)]
 
 
 def _head(at: _Step, head: int, turn: Turn | None, values: _Values, seen, written, h, dS, kept, summed) -> _Head:
     """One head's part in all gradients; adds its own to `summed`. h, dS (lanes, n) in the dtype of x."""
-    tiling, ops, coefficients = at.tiling, at.ops, at.coefficients
+    tiling, ops, coefficients = at.tiling, at.ops, at.block.coefficients
     dtype, ranks = ops.x.dtype, range(tiling.r)
     mine = functools.partial(tiles.only_head, tiling, head=head)
-    index = at.block * tiling.heads + head
+    index = at.block.index * tiling.heads + head
     B = [tiles.projection(tiling, kept, ops.B_bias, "B", rank, index) for rank in ranks]
     C = [tiles.projection(tiling, kept, ops.C_bias, "C", rank, index) for rank in ranks]
     k, q = ([u.rotated(turn).astype(dtype) for u in projections] for projections in (B, C))
@@ -245,7 +239,7 @@ def _add(total: jax.Array | None, u: jax.Array) -> jax.Array:
 def _of_weights(at: _Step, head: int, EXY: jax.Array, XY: jax.Array) -> dict[str, jax.Array]:
     """The rows that the decays and weights receive."""
     i, j = (lax.broadcasted_iota(jnp.int32, XY.shape, axis) for axis in (0, 1))
-    scale = at.coefficients.row("scale", head)
+    scale = at.block.coefficients.row("scale", head)
     dscale = jnp.sum(EXY, axis=0, keepdims=True)
     dgamma = jnp.sum(jnp.where(i == j, XY, 0.0), axis=0, keepdims=True)
     dcs = _sum_of_rows(EXY * scale) - scale * dscale
@@ -260,7 +254,7 @@ def _sum_of_rows(u: jax.Array) -> jax.Array:
 def _project_back(at: _Step, head: int, turn: Turn | None, projections, gradients, summed) -> dict[str, jax.Array]:
     """From dk and dq to dB, dC, their biases and the angles; the row dclock is returned."""
     tiling = at.tiling
-    index = at.block * tiling.heads + head
+    index = at.block.index * tiling.heads + head
     dtheta = None
     for i, name in enumerate(("B_bias", "C_bias")):
         for rank in range(tiling.r):
@@ -275,15 +269,15 @@ def _project_back(at: _Step, head: int, turn: Turn | None, projections, gradient
         return {}
     received = tiles.sums(tiles.triangle(tiling.c, upper=True), dtheta, at.ops.x.dtype)
     at.out.theta0[pl.ds(index, 1)] = received[:1]
-    at.out.omega[...] += received * at.coefficients.columns("clock", head, tiling.n)
+    at.out.omega[...] += received * at.block.coefficients.columns("clock", head, tiling.n)
     omega = at.ops.omega[:, : tiling.n] * TWO_PI
     return dict(clock=_sum_of_rows(received * omega))
 
 
 def _store_values(at: _Step, values: _Values, o: list[jax.Array], dv: list[jax.Array]) -> None:
     """dx, dz, dD and those of the rank projections, from what was read (without the skip) and dv."""
-    ops, row = at.ops, pl.ds(at.block, 1)
-    x, z = (None if u is None else u[:, at.lanes].astype(jnp.float32) for u in (ops.x, ops.z))
+    ops, row = at.ops, pl.ds(at.block.index, 1)
+    x, z = (None if u is None else u[:, at.block.lanes].astype(jnp.float32) for u in (ops.x, ops.z))
     dx = dz = None
     for rank, (v, dy, g) in enumerate(zip(values.v, values.dy, values.g)):
         dv_ = dv[rank]
@@ -298,7 +292,10 @@ def _store_values(at: _Step, values: _Values, o: list[jax.Array], dv: list[jax.A
             dv_ *= ops.mimo_x[rank, row]
         dx = _add(dx, dv_)
         if ops.mimo_o is not None:
-            gated = read if z is None else read * jax.nn.silu(tiles.gate(ops, z, at.block, rank))
+            gated = read
+            if z is not None:
+                u = tiles.gate(ops, z, at.block.index, rank)
+                gated = read * (u * tiles.sigmoid(u, ops.x.dtype))
             at.store_sum("mimo_o", (rank, row), dy * gated)
         if z is not None:
             dgate = _before_contraction(at, dy, rank) * read * values.slope[rank]
@@ -306,9 +303,9 @@ def _store_values(at: _Step, values: _Values, o: list[jax.Array], dv: list[jax.A
                 at.store_sum("mimo_z", (rank, row), dgate * z)
                 dgate *= ops.mimo_z[rank, row]
             dz = _add(dz, dgate)
-    at.out.x[:, at.lanes] = dx.astype(at.out.x.dtype)
+    at.out.x[:, at.block.lanes] = dx.astype(at.out.x.dtype)
     if z is not None:
-        at.out.z[:, at.lanes] = dz.astype(at.out.z.dtype)
+        at.out.z[:, at.block.lanes] = dz.astype(at.out.z.dtype)
 
 
 def _store_coefficients(at: _Step, heads: list[_Head], dentry: jax.Array, dexit: jax.Array) -> None:
@@ -320,10 +317,10 @@ def _store_coefficients(at: _Step, heads: list[_Head], dentry: jax.Array, dexit:
         rows = one.rows | {kind: jnp.sum(u[mine], axis=0, keepdims=True) for kind, u in of_lanes.items()}
         for kind in KINDS:
             i = tiles.row_of(tiling, kind, head)
-            at.out.coefficients[at.i, i : i + 1] = rows.get(kind, jnp.zeros((1, tiling.c), jnp.float32))
+            at.out.coefficients[at.block.i, i : i + 1] = rows.get(kind, jnp.zeros((1, tiling.c), jnp.float32))
     unused = tiling.rows - len(KINDS) * tiling.heads
     if unused:
-        at.out.coefficients[at.i, -unused:] = jnp.zeros((unused, tiling.c), jnp.float32)
+        at.out.coefficients[at.block.i, -unused:] = jnp.zeros((unused, tiling.c), jnp.float32)
 
 
 def _call(ops: Operands, entries, dy, dlast, grid: Grid) -> tuple[Gradients, jax.Array]:

@@ -18,7 +18,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas.tpu import tiles
 from pallas.tpu.operands import Grid, Operands, Tiling, laid_out
-from pallas.tpu.tiles import Coefficients, dot
+from pallas.tpu.tiles import Block, dot
 
 
 def _kernel(ops: Operands, h0_ref, y_ref, last_ref, entries_ref, states, kept, *, grid: Grid):
@@ -42,32 +42,28 @@ def _kernel(ops: Operands, h0_ref, y_ref, last_ref, entries_ref, states, kept, *
 
     if entries_ref is not None:
         entries_ref[...] = states[mine].reshape(entries_ref.shape).astype(entries_ref.dtype)
-    # Unrolled, and without a branch between them, so that one block's latencies hide behind another's work.
-    for i in range(tiling.blocks):
-        block = step * tiling.blocks + i
-        lanes = slice(i * tiling.lanes, (i + 1) * tiling.lanes)
-        states[block] = _block(tiling, ops, y_ref, states[block], kept, i, block, lanes)
+    for block in tiles.blocks(tiling, ops, step):
+        states[block.index] = _block(tiling, ops, y_ref, states[block.index], kept, block)
 
     @pl.when(chunk == grid.chunks - 1)
     def _():
         last_ref[...] = states[mine].reshape(last_ref.shape)
 
 
-def _block(tiling: Tiling, ops: Operands, y_ref, h, kept, i, block, lanes) -> jax.Array:
+def _block(tiling: Tiling, ops: Operands, y_ref, h, kept, block: Block) -> jax.Array:
     """Writes the y of one block; the state (lanes, n) after the chunk."""
-    x = ops.x[:, lanes]
+    x = ops.x[:, block.lanes]
     dtype = x.dtype
-    coefficients = Coefficients(tiling, ops.coefficients[i])
-    turns = tiles.turns(tiling, ops, block, coefficients)
+    coefficients = block.coefficients
     ranks = range(tiling.r)
-    v = [tiles.value(ops, x, block, rank) for rank in ranks]
+    v = [tiles.value(ops, x, block.index, rank) for rank in ranks]
     exit = coefficients.on_lanes("exit", tiling.p)
     written = [(u.astype(jnp.float32) * exit).astype(dtype).T for u in v]
     low = h.astype(dtype)
 
     inside, entered, added = [], [], []
     for head in range(tiling.heads):
-        project = functools.partial(_project, tiling, ops, kept, block * tiling.heads + head, turns[head])
+        project = functools.partial(_project, tiling, ops, kept, block.index * tiling.heads + head, block.turns[head])
         k = [project("B", rank) for rank in ranks]
         W = tiles.weights(tiling, coefficients, head, tiles.later(tiling, coefficients, head))
         of_ranks = []
@@ -80,19 +76,19 @@ def _block(tiling: Tiling, ops: Operands, y_ref, h, kept, i, block, lanes) -> ja
         added.append(sum(dot(w[mine], k_) for w, k_ in zip(written, k)))
 
     entry = coefficients.on_lanes("entry", tiling.p)
-    z = None if ops.z is None else ops.z[:, lanes]
+    z = None if ops.z is None else ops.z[:, block.lanes]
     y = None
     for rank in ranks:
         o = tiles.by_head([of_ranks[rank] for of_ranks in inside], tiling.p)
         o += entry * tiles.by_head(entered[rank :: tiling.r], tiling.p)
-        o = _epilogue(ops, o, v[rank], z, block, rank)
+        o = _epilogue(ops, o, v[rank], z, block.index, rank)
         if ops.mimo_x is not None and ops.mimo_o is None:
-            y_ref[rank, :, lanes] = o.astype(y_ref.dtype)
+            y_ref[rank, :, block.lanes] = o.astype(y_ref.dtype)
         else:
             y = o if y is None else y + o
     if y is not None:
-        y_ref[:, lanes] = y.astype(y_ref.dtype)
-    return tiles.through(tiling, ops, block) * h + jnp.concatenate(added, axis=0)
+        y_ref[:, block.lanes] = y.astype(y_ref.dtype)
+    return tiles.through(tiling, ops, block.index) * h + jnp.concatenate(added, axis=0)
 
 
 def _project(tiling: Tiling, ops: Operands, kept, head, turn, of: str, rank: int) -> jax.Array:
@@ -105,7 +101,8 @@ def _epilogue(ops: Operands, o: jax.Array, v: jax.Array, z, block, rank: int) ->
     if ops.D is not None:
         o += ops.D[pl.ds(block, 1)] * v.astype(jnp.float32)
     if z is not None:
-        o *= jax.nn.silu(tiles.gate(ops, z, block, rank))
+        u = tiles.gate(ops, z, block, rank)
+        o *= u * tiles.sigmoid(u, v.dtype)
     return o if ops.mimo_o is None else o * ops.mimo_o[rank, pl.ds(block, 1)]
 
 
