@@ -4,16 +4,17 @@ What the kernels read instead of making it is in prepass.py. Sizes that do not f
 to whole chunks, n to a multiple of 128, and p where it neither divides 128 into heads of one group nor is a multiple.
 """
 
-import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
 from mamba3_jax.ops import prepass
-from mamba3_jax.ops.chunked import enter, leave
+from mamba3_jax.ops.chunked import default_chunk_size, enter, leave
 from mamba3_jax.ops.inputs import Inputs
 from mamba3_jax.ops.state import SSMState
 from pallas.tpu.block_sizes import BlockSizes, default_block_sizes
+from pallas.tpu.chips import chip_of, device_kind
+from pallas.tpu.cost_model import Sizes, chunked_seconds, train_seconds
 from pallas.tpu.operands import KINDS, LANES, Operands, Tiling
 from pallas.tpu.vjp import ssm
 
@@ -31,6 +32,21 @@ def refusal(x: Array, B: Array, C: Array, omega: Array | None, z: Array | None) 
                 + ", ".join(DTYPES)
             )
     return None
+
+
+def slower_than_chunked(sizes: Sizes) -> str | None:
+    """Why plain XLA is predicted to train faster than the kernels on the TPU at hand; None where it is not."""
+    try:
+        chip = chip_of(device_kind())
+    except ValueError as unknown:
+        return str(unknown)
+    dtype = jnp.bfloat16 if sizes.itemsize == 2 else jnp.float32
+    blocks = default_block_sizes({name: getattr(sizes, name) for name in "thpngrs"}, dtype, device_kind())
+    kernels = train_seconds(sizes, chip, blocks.chunk)
+    chunked = chunked_seconds(sizes, chip, default_chunk_size("tpu", sizes.r))
+    if kernels <= chunked:
+        return None
+    return f"predicted {1e3 * chunked:.2g} ms forward and backward, {1e3 * kernels:.2g} by the kernels"
 
 
 def tpu(
@@ -63,7 +79,7 @@ def tpu(
     s = inputs.omega.shape[-1]
     if blocks is None:
         shape = dict(t=t, h=h, p=p, n=n, g=g, r=r, s=s)
-        blocks = default_block_sizes(shape, inputs.x.dtype, jax.local_devices()[0].device_kind)
+        blocks = default_block_sizes(shape, inputs.x.dtype, device_kind())
     tiling = Tiling(blocks.chunk, r, _up(n), s, padded_head_dim(h, p, g), blocks.blocks, blocks.vmem_bytes, interpret)
     c, t_padded = tiling.c, -(-t // tiling.c) * tiling.c
 
