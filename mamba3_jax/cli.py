@@ -7,6 +7,7 @@
     mamba3 generate MODEL --prompt TEXT [--option value ...]      text from a model, as it arrives
     mamba3 eval MODEL --perplexity FILE | --tasks NAME,...        perplexity, context lengths, lm-evaluation-harness
     mamba3 inspect MODEL                                          parameters, state, half-lives, angles
+    mamba3 bench --cost_model tpu --chip v5e [--b 8 --t 8192 ...]  predicted time and bytes of the kernels on a TPU
     mamba3 experiment NAME --config FILE [--option value ...]     trains, evaluates and reports; see experiments/
     mamba3 experiment --list                                      what there is
     mamba3 reproduce NAME [--smoke]                               a table or figure of results/, by its name
@@ -31,6 +32,7 @@ COMMANDS = {
     "generate": "mamba3_jax.inference.generate_command",
     "eval": "mamba3_jax.inference.eval_command",
     "inspect": "mamba3_jax.inference.inspect_command",
+    "bench": "mamba3_jax.bench_command",
 }
 
 

@@ -40,9 +40,17 @@ from mamba3_jax.ops.rotation import (
     to_pair_order,
 )
 from mamba3_jax.ops.state import SSMState
-from mamba3_jax.ops.triton import refusal, triton
+from mamba3_jax.ops.tpu import refusal as tpu_refusal
+from mamba3_jax.ops.tpu import slower_than_chunked, tpu
+from mamba3_jax.ops.triton import refusal as triton_refusal
+from mamba3_jax.ops.triton import triton
+from pallas.tpu.cost_model import Sizes
 
 Implementation = Literal["recurrent", "chunked", "triton", "tpu"]
+
+# The kernels of each platform, and what they need.
+KERNELS = {"cuda": "triton", "tpu": "tpu"}
+DEVICES = {"triton": "an NVIDIA GPU", "tpu": "a TPU"}
 
 _log = logging.getLogger(__name__)
 
@@ -95,7 +103,7 @@ def ssm(
             zero. Checked where it is concrete, which inside jit it is not.
         implementation: None picks by backend and shape; an explicit choice never falls back. "triton", the kernels for
             NVIDIA GPUs, runs under `jit` with shardings on each device's rows and heads, and inside a `shard_map` over
-            all axes of the mesh with check_vma=False.
+            all axes of the mesh with check_vma=False; "tpu", those for TPUs, on one device and inside such a shard_map.
         chunk_size: largest chunk of "chunked"; None takes a measured default.
 
     Returns:
@@ -115,7 +123,9 @@ def ssm(
         weights = dict(B_bias=B_bias, C_bias=C_bias, D=D, mimo_x=mimo_x, mimo_z=mimo_z, mimo_o=mimo_o)
         options = dict(rotation=rotation, implementation=implementation, chunk_size=chunk_size)
         return distributed.on_mesh(mesh, ssm, **tokens, **weights, **options, initial_state=initial_state)
-    picked = _choose(implementation, call.t, functools.partial(refusal, x, B, C, omega, z))
+    refusals = {"triton": triton_refusal, "tpu": tpu_refusal}
+    refusals = {name: functools.partial(refusal, x, B, C, omega, z) for name, refusal in refusals.items()}
+    picked = _choose(implementation, call, x.dtype.itemsize, refusals)
     # The kernels want neighbouring pairs, which for SISO are those of the checkpoint: nothing to move.
     orders = (to_interleaved, from_interleaved) if picked == "triton" else (to_pair_order, from_pair_order)
     to_order, from_order = (functools.partial(f, s=call.s, pairing=call.pairing) for f in orders)
@@ -136,6 +146,8 @@ def ssm(
     match picked:
         case "triton":
             y, state = triton(inputs, state, D=D, z=z, mimo_z=mimo_z, mimo_o=mimo_o)
+        case "tpu":
+            y, state = tpu(inputs, state, D=D, z=z, mimo_z=mimo_z, mimo_o=mimo_o)
         case "recurrent":
             o, state = recurrent(inputs, state)
             y = _epilogue(o, x, D, z, mimo_x, mimo_z, mimo_o)
@@ -174,8 +186,8 @@ def ssm_step(
 ) -> tuple[Float[Array, "b h p"] | Float[Array, "b r h p"], SSMState]:
     """One decode step: `ssm` of a single token, without the time axis. Arguments, errors and source as there.
 
-    Start from `SSMState.zeros` or from the state that a prefill with `ssm` returned. On a GPU one kernel does it, which
-    keeps the dtypes of the state (its ssm, k and v may be bfloat16).
+    Start from `SSMState.zeros` or from the state that a prefill with `ssm` returned. On one GPU or TPU a kernel does
+    it, which keeps the dtypes of the state (its ssm, k and v may be bfloat16).
     """
 
     for name, value, letters in (("x", x, "b h p"), ("B", B, "b r g n"), ("C", C, "b r g n"), ("dt", dt, "b h")):
@@ -186,20 +198,21 @@ def ssm_step(
 
     tokens = [with_time(u) for u in (x, B, C, dt, A, lam, omega)]
     shared = dict(B_bias=B_bias, C_bias=C_bias, D=D, mimo_x=mimo_x, mimo_z=mimo_z, mimo_o=mimo_o, rotation=rotation)
-    if implementation == "triton":
-        _check_gpu()
+    if implementation in DEVICES:
+        _check_device(implementation)
     _check_state(state, _check(*tokens, z=with_time(z), **shared, segment_ids=None, chunk_size=None))
     if (mesh := cutting_mesh()) is not None:
         token = dict(x=x, B=B, C=C, dt=dt, A=A, lam=lam, omega=omega, z=z)
         return distributed.on_mesh(mesh, ssm_step, **token, **shared, state=state, implementation=implementation)
-    if implementation == "triton" or (implementation is None and _one_gpu()):
+    kernel = implementation if implementation in DEVICES else _step_kernel() if implementation is None else None
+    if kernel is not None:
         try:
-            result = decode(x, B, C, dt, A, lam, omega, z=z, **shared, state=state)
-            _log_choice("triton", _platform(), "steps")
+            result = decode(x, B, C, dt, A, lam, omega, z=z, **shared, state=state, kernel=kernel)
+            _log_choice(kernel, _platform(), "steps")
             return result
         except NotImplementedError as reason:
             # The kernel refuses sizes and dtypes before it computes.
-            if implementation == "triton":
+            if implementation == kernel:
                 raise
             _log_choice("recurrent", _platform(), f"steps ({reason})")
             implementation = "recurrent"
@@ -207,23 +220,24 @@ def ssm_step(
     return y[:, 0], state
 
 
-def _choose(implementation: Implementation | None, t: int, refuses: Callable[[], str | None]) -> str:
-    """`refuses` says why the GPU kernels cannot do the call, or None."""
+def _choose(
+    implementation: Implementation | None, call: "_Call", itemsize: int, refusals: dict[str, Callable]
+) -> str:
+    """`refusals` say why kernels cannot do the call, or None; `itemsize` is that of x."""
     if implementation is None:
-        picked, what = ("recurrent", "one token") if t == 1 else ("chunked", "sequences")
-        if t > 1 and _platform() == "cuda":
-            reason = refuses()
-            picked, what = (picked, f"sequences ({reason})") if reason else ("triton", what)
+        picked, what = ("recurrent", "one token") if call.t == 1 else ("chunked", "sequences")
+        kernel = KERNELS.get(_platform())
+        if call.t > 1 and kernel is not None:
+            reason = refusals[kernel]()
+            if reason is None and kernel == "tpu":
+                reason = slower_than_chunked(Sizes(*(getattr(call, name) for name in Sizes._fields[:-1]), itemsize))
+            picked, what = (picked, f"sequences ({reason})") if reason else (kernel, what)
         _log_choice(picked, _platform(), what)
         return picked
     check_choice("implementation", implementation, get_args(Implementation))
-    if implementation == "tpu":
-        raise NotImplementedError(
-            "implementation: got 'tpu', whose kernels are not written yet; allowed: recurrent, chunked, triton"
-        )
-    if implementation == "triton":
-        _check_gpu()
-        if reason := refuses():
+    if implementation in DEVICES:
+        _check_device(implementation)
+        if reason := refusals[implementation]():
             raise NotImplementedError(reason)
     return implementation
 
@@ -239,16 +253,17 @@ def _platform() -> str:
     return "rocm" if "rocm" in device.client.platform_version.lower() else "cuda"
 
 
-def _one_gpu() -> bool:
-    """Of several, but inside a shard_map, each could hold a part of the state, which the decode kernel would gather."""
-    return _platform() == "cuda" and (jax.device_count() == 1 or bool(jax.sharding.get_abstract_mesh().manual_axes))
+def _step_kernel() -> str | None:
+    """Of several, but inside a shard_map, each could hold a part of the state, which the decode kernels would gather."""
+    alone = jax.device_count() == 1 or bool(jax.sharding.get_abstract_mesh().manual_axes)
+    return KERNELS.get(_platform()) if alone else None
 
 
-def _check_gpu() -> None:
-    if _platform() != "cuda":
+def _check_device(kernel: str) -> None:
+    if KERNELS.get(_platform()) != kernel:
         raise NotImplementedError(
-            f"implementation: got 'triton' on a machine with {_platform()} devices, whose kernels need an NVIDIA GPU; "
-            "allowed: recurrent, chunked"
+            f"implementation: got {kernel!r} on a machine with {_platform()} devices, whose kernels need "
+            f"{DEVICES[kernel]}; allowed: recurrent, chunked"
         )
 
 

@@ -1,12 +1,19 @@
-"""From the arguments of `ssm_step` to the decode kernel for GPUs, pallas/triton/decode.py."""
+"""From the arguments of `ssm_step` to the decode kernels, pallas/triton/decode.py and pallas/tpu/decode.py."""
+
+from typing import Literal
 
 import jax.numpy as jnp
+from jax.experimental.pallas.tpu import InterpretParams
 from jaxtyping import Array, Float
 
 from mamba3_jax.ops.discretization import exponential_trapezoidal
 from mamba3_jax.ops.rotation import Rotation
 from mamba3_jax.ops.state import SSMState
-from pallas.triton.decode import State, Token, Weights, decode_step
+from pallas.step import State, Token, Weights
+from pallas.tpu.decode import decode_step as tpu_step
+from pallas.triton.decode import decode_step as triton_step
+
+Kernel = Literal["triton", "tpu"]
 
 
 def decode(
@@ -27,14 +34,16 @@ def decode(
     mimo_z: Float[Array, "h r p"] | None = None,
     mimo_o: Float[Array, "h r p"] | None = None,
     rotation: Rotation = "data_dependent",
-    interpret: bool = False,
+    kernel: Kernel = "triton",
+    interpret: bool | InterpretParams = False,
 ) -> tuple[Float[Array, "b h p"] | Float[Array, "b r h p"], SSMState]:
-    """`ssm_step` on checked arguments, in one kernel; `interpret` runs it without a GPU.
+    """`ssm_step` on checked arguments, in one kernel; `interpret` runs it without its device.
 
     The state keeps its dtypes (ssm, k and v float32 or bfloat16) and is updated in place where the caller donates it.
 
     Raises:
-        NotImplementedError: p or n not a power of two, a rank other than 1, 2, 4, 8, or float64.
+        NotImplementedError: float64; "triton": p or n not a power of two, or a rank other than 1, 2, 4, 8; "tpu": n not
+            a multiple of 128.
     """
     turns = rotation != "none"
     token = Token(
@@ -46,7 +55,8 @@ def decode(
         clock=dt if rotation == "data_dependent" else None,
         z=z,
     )
-    y, new = decode_step(
+    step = triton_step if kernel == "triton" else tpu_step
+    y, new = step(
         State(*state)._replace(**({} if turns else dict(angle=None))),
         token,
         Weights(B_bias=B_bias, C_bias=C_bias, D=D, mimo_x=mimo_x, mimo_z=mimo_z, mimo_o=mimo_o),

@@ -1,22 +1,16 @@
 """From the operator's prepared inputs to the GPU kernels of pallas/triton, and back to its output and state.
 
-Made here, in plain JAX that autodiff sees through, is what the kernels read instead of making it (operands.py there),
-for every chunk of c tokens. With cs the inclusive cumulative sum of log alpha from the chunk's start, and 0 wherever a
-token belongs to another document than the state it would see or reach,
-
-    entry_i = exp(cs_i)    exit_j = exp(cs_c - cs_j) scale_j    through = exp(cs_c)    theta0 = theta before the chunk
+What the kernels read instead of making it is in prepass.py.
 """
-
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from mamba3_jax.ops.chunked import cumulative, enter, leave, split_log_decay
-from mamba3_jax.ops.discretization import next_carry
+from mamba3_jax.ops import prepass
+from mamba3_jax.ops.chunked import enter, leave
 from mamba3_jax.ops.inputs import Inputs
-from mamba3_jax.ops.rotation import rotate_interleaved, turns, wrap
+from mamba3_jax.ops.rotation import rotate_interleaved
 from mamba3_jax.ops.state import SSMState
 from pallas.triton.block_sizes import BlockSizes, default_block_sizes
 from pallas.triton.operands import Operands
@@ -29,9 +23,6 @@ STATE_SIZES = (32, 64, 128, 256)
 HEAD_DIMS = (16, 32, 64, 128)
 # float16 is missing: the states of the chunks, kept in the dtype of x, would overflow it.
 DTYPES = ("bfloat16", "float32")
-
-# So many chunks' turns, each in [-pi, pi], are summed before the sum is wrapped: float32 keeps the angle to 1e-5.
-SUMMED = 32
 
 
 def refusal(x: Array, B: Array, C: Array, omega: Array | None, z: Array | None) -> str | None:
@@ -90,8 +81,8 @@ def triton(
     segments = segments or _segments(b * h, chunks, blocks)
     chunks = -(-chunks // segments) * segments
 
-    padded, z = _pad(inputs, chunks * c), _pad(z, chunks * c)
-    angles = _angles(padded, state, c)
+    padded, z = prepass.pad(inputs, chunks * c), prepass.pad(z, chunks * c)
+    angles = prepass.angles(padded, state, c)
     operands = Operands(
         x=padded.x,
         z=z,
@@ -99,12 +90,12 @@ def triton(
         C=padded.C.reshape(b, -1, g, n),
         B_bias=inputs.B_bias,
         C_bias=inputs.C_bias,
-        D=_float32(D),
-        mimo_x=_float32(inputs.mimo_x),
-        mimo_z=_float32(mimo_z),
-        mimo_o=_float32(mimo_o),
-        **_decays(padded, c),
-        clock=_head_major(padded.clock),
+        D=prepass.float32(D),
+        mimo_x=prepass.float32(inputs.mimo_x),
+        mimo_z=prepass.float32(mimo_z),
+        mimo_o=prepass.float32(mimo_o),
+        **prepass.decays(padded, c),
+        clock=prepass.head_major(padded.clock),
         omega=padded.omega[:, :, 0] if s else None,
         theta0=angles.before if s else None,
         segment_ids=padded.segment_ids,
@@ -122,89 +113,3 @@ def _segments(programs: int, chunks: int, blocks: BlockSizes) -> int:
     while programs * segments < blocks.programs and 2 * segments <= chunks:
         segments *= 2
     return segments
-
-
-def _pad(tree, t: int):
-    """Every array with a time axis, padded to t tokens that neither decay, turn, write nor open a document."""
-
-    def pad(u):
-        fill = {"mode": "edge"} if jnp.issubdtype(u.dtype, jnp.integer) else {}
-        return jnp.pad(u, ((0, 0), (0, t - u.shape[1])) + ((0, 0),) * (u.ndim - 2), **fill)
-
-    if isinstance(tree, Inputs):
-        shared = dict(B_bias=tree.B_bias, C_bias=tree.C_bias, mimo_x=tree.mimo_x)
-        return jax.tree.map(pad, tree._replace(**dict.fromkeys(shared)))._replace(**shared)
-    return jax.tree.map(pad, tree)
-
-
-def _float32(u: Array | None) -> Array | None:
-    return None if u is None else u.astype(jnp.float32)
-
-
-def _head_major(u: Float[Array, "b t h"]) -> Float[Array, "b h t"]:
-    return jnp.moveaxis(u, 1, 2)
-
-
-def _decays(inputs: Inputs, c: int) -> dict[str, Array]:
-    """The operands that say what of each token is seen when: all float32, (b, h, t), but through, (b, h, chunks)."""
-    b, t, h = inputs.coefficients.gamma.shape
-    m = t // c
-    log_decay, gamma, carry = inputs.coefficients
-    gamma, scale = _head_major(gamma), _head_major(gamma + next_carry(carry, inputs.segment_ids))
-    parts = split_log_decay(_head_major(log_decay))
-    coarse, fine = (cumulative(u.reshape(b, h * m, c), 2).reshape(b, h, m, c) for u in parts)
-    since_entry, to_exit = coarse + fine, (coarse[..., -1:] - coarse) + (fine[..., -1:] - fine)
-    if inputs.segment_ids is not None:
-        ids = inputs.segment_ids.reshape(b, 1, m, c)
-        document = jnp.concatenate([ids[:, :, :1, :1], ids[:, :, :-1, -1:]], axis=2)
-        since_entry = jnp.where(ids == document, since_entry, -jnp.inf)
-        to_exit = jnp.where(ids == ids[..., -1:], to_exit, -jnp.inf)
-    entry = jnp.exp(since_entry)
-    exit = jnp.exp(to_exit).reshape(b, h, t) * scale
-    tokens = dict(coarse=coarse, fine=fine, entry=entry)
-    tokens = {name: u.reshape(b, h, t) for name, u in tokens.items()}
-    return tokens | dict(exit=exit, through=entry[..., -1], scale=scale, gamma=gamma)
-
-
-class _Angles(NamedTuple):
-    """Before every chunk, after the last token, and for packed rows before the last document."""
-
-    before: Float[Array, "b m h s"]
-    after: Float[Array, "b h s"]
-    at_start: Float[Array, "b h s"] | None
-
-
-def _angles(inputs: Inputs, state: SSMState, c: int) -> _Angles:
-    b, t, h = inputs.clock.shape
-    m = t // c
-
-    def total(clock):
-        """Of each chunk. The turns of single tokens are summed as they are made, and never lie in memory."""
-        turn = turns(inputs.omega, clock)
-        return wrap(jnp.sum(turn.reshape(b, m, c, h, -1), axis=2))
-
-    turned = total(inputs.clock)
-    before = wrap(_sums_before(turned) + state.angle[:, None])
-    after = wrap(before[:, -1] + turned[:, -1])
-    if inputs.segment_ids is None:
-        return _Angles(before, after, None)
-    ids = inputs.segment_ids
-    earlier = ids != ids[:, -1:]
-    begins = (jnp.pad(earlier, ((0, 0), (1, 0)))[:, :-1] & ~earlier).reshape(b, m, c).any(2)
-    until = before + total(jnp.where(earlier[..., None], inputs.clock, 0))
-    return _Angles(before, after, wrap(jnp.sum(jnp.where(begins[..., None, None], until, 0), axis=1)))
-
-
-def _sums_before(u: Float[Array, "b m h s"]) -> Float[Array, "b m h s"]:
-    """Of angles, along m and modulo 2 pi: exclusive cumulative sums of at most SUMMED at a time."""
-    b, m, h, s = u.shape
-    if m <= SUMMED:
-        u = jnp.moveaxis(u, 1, 2)
-        return jnp.moveaxis(cumulative(u, 2) - u, 2, 1)
-    groups = -(-m // SUMMED)
-    u = jnp.pad(u, ((0, 0), (0, groups * SUMMED - m), (0, 0), (0, 0)))
-    inside = _sums_before(u.reshape(b * groups, SUMMED, h, s))
-    u = u.reshape(b, groups, SUMMED, h, s)
-    inside = inside.reshape(u.shape)
-    before = _sums_before(wrap(inside[:, :, -1] + u[:, :, -1]))
-    return wrap(inside + before[:, :, None]).reshape(b, groups * SUMMED, h, s)[:, :m]

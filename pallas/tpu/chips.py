@@ -19,6 +19,8 @@ jax's table differs where the pages changed: 8.20e11 (v5e), 2.46e12 (v5p), 1.64e
 
 import dataclasses
 
+import jax
+
 GIB = 2**30
 # Elements of one vector register, 32 bits each.
 LANES = 128
@@ -101,3 +103,9 @@ def chip_of(device_kind: str) -> Chip:
         if device_kind in (chip.name, *chip.device_kinds):
             return chip
     raise ValueError(f"chip: got {device_kind!r}; allowed: {', '.join(CHIPS)}")
+
+
+def device_kind() -> str:
+    """Of the devices that the ambient mesh names, as when compiling for a topology; else of those at hand."""
+    described = jax.sharding.get_abstract_mesh().abstract_device
+    return described.device_kind if described else jax.local_devices()[0].device_kind

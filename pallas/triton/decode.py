@@ -13,7 +13,6 @@ its first with one bit of the index set, and B and C are read a second time with
 import dataclasses
 import functools
 import math
-from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +20,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-Pairing = Literal["interleaved", "half"]
+from pallas.step import Pairing, State, Token, Weights, check_dtypes, output_shape
 
 RANKS = (1, 2, 4, 8)
 
@@ -29,40 +28,6 @@ RANKS = (1, 2, 4, 8)
 TWO_PI = 2 * math.pi
 TWO_PI_HIGH = 6.28125
 TWO_PI_LOW = TWO_PI - TWO_PI_HIGH
-
-
-class State(NamedTuple):
-    """The state between steps, float32 or bfloat16; the angle is float32, or None without rotation."""
-
-    angle: jax.Array | None  # (b, h, s)
-    ssm: jax.Array  # (b, h, p, n)
-    k: jax.Array  # (b, h, r, n)
-    v: jax.Array  # (b, h, p)
-
-
-class Token(NamedTuple):
-    """One token of every row. `omega` is (b, 1 or h, s) with a `clock`, else (s,) per token; None without rotation."""
-
-    x: jax.Array  # (b, h, p)
-    B: jax.Array  # (b, r, g, n)
-    C: jax.Array  # (b, r, g, n)
-    log_decay: jax.Array  # (b, h)
-    gamma: jax.Array  # (b, h)
-    carry: jax.Array  # (b, h)
-    omega: jax.Array | None
-    clock: jax.Array | None  # (b, h)
-    z: jax.Array | None  # (b, h, p)
-
-
-class Weights(NamedTuple):
-    """What all tokens share; None where the layer has none."""
-
-    B_bias: jax.Array | None  # (h, r, n)
-    C_bias: jax.Array | None  # (h, r, n)
-    D: jax.Array | None  # (h,)
-    mimo_x: jax.Array | None  # (h, r, p)
-    mimo_z: jax.Array | None  # (h, r, p)
-    mimo_o: jax.Array | None  # (h, r, p)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -272,8 +237,7 @@ def decode_step(
     b, h, p, n = state.ssm.shape
     r = token.B.shape[1]
     _check(state, token, weights, p, n, r)
-    ranks_kept = weights.mimo_x is not None and weights.mimo_o is None
-    y = jax.ShapeDtypeStruct((b, r, h, p) if ranks_kept else (b, h, p), token.x.dtype)
+    y = output_shape(state, token, weights)
     return _call(state, token, weights, y, pairing, block_sizes or default_block_sizes(p, n, r), interpret)
 
 
@@ -283,11 +247,4 @@ def _check(state: State, token: Token, weights: Weights, p: int, n: int, r: int)
             raise NotImplementedError(f"{name}={size}; allowed in the decode kernel: powers of two")
     if r not in RANKS:
         raise NotImplementedError(f"B: got rank r={r}; allowed in the decode kernel: {', '.join(map(str, RANKS))}")
-    named = {f"state.{name}": a for name, a in state._asdict().items()} | token._asdict() | weights._asdict()
-    for name, array in named.items():
-        allowed = ("float32",) if name == "state.angle" else ("float32", "bfloat16")
-        if array is not None and array.dtype.name not in allowed:
-            raise NotImplementedError(
-                f"{name}: got dtype {array.dtype}; allowed in the decode kernel, which computes in float32: "
-                + ", ".join(allowed)
-            )
+    check_dtypes(state, token, weights)

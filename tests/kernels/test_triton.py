@@ -58,7 +58,7 @@ def interpreted(rows=16, segments=1):
         patch.setattr(api, "triton", functools.partial(triton, **options))
         patch.setattr(api, "decode", functools.partial(decode, interpret=True))
         patch.setattr(api, "_platform", lambda: "cuda")
-        patch.setattr(api, "_one_gpu", lambda: True)
+        patch.setattr(api, "_step_kernel", lambda: "triton")
         yield
 
 

@@ -1,0 +1,206 @@
+"""What a call costs on a TPU, before anything is compiled: bytes over HBM, and work for the matrix and vector units.
+
+    seconds = max(bytes / bandwidth, INFLATION max(matrix, vector, transcendental cycles) / clock)
+
+Bytes are those of the kernels' operands and results. A matrix unit of S x S takes a row per cycle whatever part of it a
+product fills, so m x k x n costs m ceil(k/S) ceil(n/S) cycles, six times that in float32. The vector unit's operations
+are counted from the kernels (tiles.py, forward.py, backward.py), in registers of 8 x 128 numbers. No unit is ever fully
+busy: INFLATION is how many times longer the compiler's own schedule is than the busiest unit needs, read from kernels
+compiled by `mamba3 reproduce tpu_compile`. All of it is a prediction; no TPU was at hand.
+
+The same for the chunked form in XLA, whose bytes were counted in its compiled program (CHUNKED_BYTES).
+"""
+
+import math
+from typing import NamedTuple
+
+from jax.experimental import pallas as pl
+
+from pallas.tpu.chips import LANES, VREG, Chip
+
+# What a kernel computes with float32 operands is made of products of bfloat16 parts.
+FLOAT32_PASSES = 6
+# Bundles that libtpu 0.0.52 schedules for one step, over the cycles of the busiest unit as counted here.
+INFLATION = {"forward": 2.6, "backward": 2.9, "decode": 2.6, "chunked": 1.0}
+# Of the chunked form in bfloat16, counted in its optimised HLO for v5e at b=8 t=2048 h=64 p=64 n=128, chunks of 256
+# tokens: bytes per token, head, rank and number of p + n, forward and forward + backward.
+CHUNKED_BYTES = {"forward": 31.1, "forward_backward": 139.4}
+
+
+class Sizes(NamedTuple):
+    """Of a call, by the letters of mamba3_jax/ops/api.py; bytes of a number of x, B, C, z and y."""
+
+    b: int
+    t: int
+    h: int
+    p: int
+    n: int
+    g: int = 1
+    r: int = 1
+    s: int = 0
+    itemsize: int = 2
+
+
+class Work(NamedTuple):
+    """Bytes over HBM, cycles of one matrix unit, registers through the vector and through the transcendental unit."""
+
+    bytes: float
+    mxu: float
+    vpu: float
+    eup: float
+
+    def __add__(self, other: "Work") -> "Work":
+        return Work(*(a + b for a, b in zip(self, other)))
+
+    def times(self, count: float) -> "Work":
+        return Work(*(count * a for a in self))
+
+
+class Prediction(NamedTuple):
+    """Seconds: of each unit alone if it were always busy, the longest of which `binds`, and of the call."""
+
+    units: dict[str, float]
+    seconds: float
+
+    @property
+    def binds(self) -> str:
+        return max(self.units, key=self.units.__getitem__)
+
+
+def predict(work: Work, what: str, sizes: Sizes, chip: Chip) -> Prediction:
+    """Rows of the batch are spread over a device's cores; `what` is a key of INFLATION."""
+    cores = min(chip.cores, sizes.b)
+    cycles = chip.clock * cores
+    units = {
+        "HBM": work.bytes / chip.hbm_bandwidth,
+        "MXU": work.mxu / (chip.mxus * cycles),
+        "VPU": work.vpu / (chip.valus * cycles),
+        "EUP": work.eup / (chip.eups * cycles),
+    }
+    busiest = max(units["MXU"], units["VPU"], units["EUP"])
+    return Prediction(units, max(units["HBM"], INFLATION[what] * busiest))
+
+
+def estimate(work: Work, chip: Chip) -> pl.CostEstimate:
+    """For `pallas_call`, so that XLA schedules around the kernel."""
+    return pl.CostEstimate(
+        flops=int(work.mxu * 2 * chip.mxu_size**2), bytes_accessed=int(work.bytes), transcendentals=int(work.eup * VREG)
+    )
+
+
+def forward(sizes: Sizes, chip: Chip, chunk: int, keep: bool = False) -> Work:
+    """The forward kernel; `keep` writes the states at each chunk's start, for a backward pass."""
+    of = _Blocks(sizes, chip, chunk)
+    c, r, n, p, product = of.c, sizes.r, of.n, of.p, of.product
+    mxu = r**2 * (product(c, n, c) + product(c, c, of.lanes))  # scores, and times v
+    mxu += r * (product(c, n, of.lanes) + product(p, c, n))  # the state is read, and written
+    vpu = r * 11 * of.channels + 4 * of.channels  # k and q with bias and rotation; cosines to their channels
+    vpu += (12 + 1.5 * r**2) * of.square  # decays and weights; scores weighed
+    block = (19 * r + 3) * of.values + 3 * of.state  # skip, gate, selections between heads; the state decays
+    work = Work(
+        bytes=0,
+        mxu=of.heads * mxu + of.turn_products,
+        vpu=of.heads * vpu + block + of.turn_operations,
+        eup=of.heads * of.square + 2 * r * of.values,
+    )
+    return of.all(work)._replace(bytes=of.bytes(sequences=3, projections=2, kept=keep))
+
+
+def backward(sizes: Sizes, chip: Chip, chunk: int) -> Work:
+    """The backward kernel, from what `forward` kept."""
+    of = _Blocks(sizes, chip, chunk)
+    c, r, n, p, product = of.c, sizes.r, of.n, of.p, of.product
+    mxu = r**2 * (2 * product(c, n, c) + 4 * product(c, c, of.lanes))  # X, Y; M k, M q, (W Y) v, (W Y) g
+    mxu += r * (4 * product(c, of.lanes, n) + product(p, c, n))  # four products with states, one into the adjoint
+    mxu += of.parts * product(c, c, n)  # what the turns receive
+    vpu = (20 * r + 11 * r + 4 + 12) * of.channels  # k, q and back; sums; what the turns receive
+    vpu += (18 + 5 * r**2) * of.square
+    block = (45 * r + 12) * of.values + 6 * of.state
+    work = Work(
+        bytes=0,
+        mxu=of.heads * mxu + of.turn_products,
+        vpu=of.heads * vpu + block + of.turn_operations,
+        eup=of.heads * of.square + 2 * r * of.values,
+    )
+    return of.all(work)._replace(bytes=of.bytes(sequences=5, projections=4, kept=True, gradients=True))
+
+
+def decode(sizes: Sizes, state_itemsize: int = 4) -> Work:
+    """The decode kernel, one step: t is not read. Bytes as the arrays lie in memory, with last axes of 128."""
+    b, _, h, p, n, g, r, s, itemsize = sizes
+    lanes = -(-p // LANES) * LANES
+    state = b * h * (p * n + r * n + lanes) * state_itemsize + b * h * LANES * 4 * (s > 0)
+    token = b * h * (3 * lanes * itemsize + LANES * 4) + 2 * b * r * g * n * itemsize
+    weights = h * r * (2 * n + (3 * lanes if r > 1 else 0)) * 4
+    registers = p * n / VREG
+    # Reads of the state hand it to the matrix unit 8 rows per cycle, in 6 passes; updates of r > 1 are one of p rows.
+    mxu = FLOAT32_PASSES * (p / 8 + 8) + (p if r > 1 else 0)
+    vpu = registers * (10 if r == 1 else 7) + (54 if r == 1 else 30 * r)
+    return Work(2 * state + token + weights, b * h * mxu, b * h * vpu, b * h)
+
+
+def chunked(sizes: Sizes, what: str, chunk: int) -> Work:
+    """The chunked form in XLA, "forward" or "forward_backward": its matrix products, and its bytes as counted."""
+    b, t, h, p, n, _, r, _, itemsize = sizes
+    rows = chunk * r
+    flops = 2 * b * h * t * r * (rows * (n + p) + 2 * n * p)
+    passes = {"forward": 1, "forward_backward": 4}[what]  # the backward pass makes the forward pass again
+    bytes = CHUNKED_BYTES[what] * b * t * h * r * (p + n) * itemsize / 2
+    return Work(bytes, passes * flops / (2 * 128**2), 0, 0)
+
+
+def train_seconds(sizes: Sizes, chip: Chip, chunk: int) -> float:
+    """Of the kernels, forward and backward."""
+    passes = dict(forward=forward(sizes, chip, chunk, keep=True), backward=backward(sizes, chip, chunk))
+    return sum(predict(work, what, sizes, chip).seconds for what, work in passes.items())
+
+
+def chunked_seconds(sizes: Sizes, chip: Chip, chunk: int) -> float:
+    """Of the chunked form in XLA, forward and backward."""
+    return predict(chunked(sizes, "forward_backward", chunk), "chunked", sizes, chip).seconds
+
+
+class _Blocks:
+    """How a call falls into blocks of 128 lanes and chunks: registers of each kind of array, and totals."""
+
+    def __init__(self, sizes: Sizes, chip: Chip, chunk: int):
+        self.sizes, self.size, self.c = sizes, chip.mxu_size, chunk
+        self.p = sizes.p if LANES % sizes.p == 0 or sizes.p % LANES == 0 else -(-sizes.p // LANES) * LANES
+        self.n = -(-sizes.n // LANES) * LANES
+        self.lanes = max(self.p, LANES)
+        self.heads = self.lanes // self.p
+        self.blocks = -(-sizes.h // self.heads)
+        self.chunks = -(-sizes.t // chunk)
+        self.parts = 2 if sizes.itemsize == 2 else 3
+        self.angle_lanes = max(self.n, -(-self.heads * 2 * sizes.s // LANES) * LANES) if sizes.s else 0
+        self.channels, self.values = chunk * self.n / VREG, chunk * self.lanes / VREG
+        self.square, self.state = chunk * chunk / VREG, self.lanes * self.n / VREG
+
+    def product(self, m: int, k: int, n: int) -> float:
+        """Cycles of one matrix unit for an m x k x n product in the dtype of x."""
+        passes = 1 if self.sizes.itemsize == 2 else FLOAT32_PASSES
+        return passes * m * math.ceil(k / self.size) * math.ceil(n / self.size)
+
+    @property
+    def turn_products(self) -> float:
+        """Cycles for the angles' sums over the tokens of a chunk: parts in bfloat16."""
+        return self.parts * self.c * math.ceil(self.c / self.size) * math.ceil(self.angle_lanes / self.size)
+
+    @property
+    def turn_operations(self) -> float:
+        """Registers for the angles of a block and their cosines."""
+        return 28 * self.c * self.angle_lanes / VREG
+
+    def all(self, block: Work) -> Work:
+        return block.times(self.sizes.b * self.chunks * self.blocks)
+
+    def bytes(self, sequences: int, projections: int, kept: bool, gradients: bool = False) -> float:
+        """Of operands and results: arrays like x, like B, and what is float32 (operands.py)."""
+        b, _, _, _, _, g, r, s, itemsize = self.sizes
+        t, width = self.chunks * self.c, self.blocks * self.lanes
+        rows = -(-7 * self.heads // 8) * 8 * self.blocks
+        total = sequences * b * t * width * itemsize + projections * b * g * r * t * self.n * itemsize
+        small = b * t * (rows + self.angle_lanes) + b * self.chunks * self.blocks * (self.lanes + self.angle_lanes)
+        total += 4 * small * (2 if gradients else 1)
+        total += 2 * b * width * self.n * 4 + (b * self.chunks * width * self.n * itemsize if kept else 0)
+        return total

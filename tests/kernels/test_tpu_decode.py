@@ -1,0 +1,79 @@
+"""The decode kernel for TPUs, interpreted on the CPU against the recurrence: the cases of test_decode.py."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax._src.pallas.mosaic.interpret import interpret_pallas_call  # what a run found has no public name
+from jax.experimental.pallas import tpu as pltpu
+
+from kernels.test_decode import TOLERANCE, VARIANTS, assert_close, error, stepper
+from mamba3_jax.ops import ssm_step
+from mamba3_jax.ops.decode import decode
+from pallas.tpu.angles import cos_sin, wrap
+from pallas.tpu.decode import default_block_sizes
+from test_operator import make, random_state
+
+# Each covers what the others do not.
+STEPS = ("siso odd heads", "siso groups", "siso angles per head", "siso no rotation", "mimo rank 4 rope1",
+         "mimo standard rope", "mimo bare, ranks kept")  # fmt: skip
+tpu_step = functools.partial(decode, kernel="tpu", interpret=True)
+
+
+def assert_steps(args, state, steps: int, step=tpu_step):
+    """Steps in a row, each from the state that the kernel itself returned."""
+    dtype = args["x"].dtype.type
+    expected = state.map(lambda a: a.astype(jnp.float32))
+    run, reference = stepper(step, args), stepper(ssm_step, args, implementation="recurrent")
+    for t in range(steps):
+        y, new = run(t, state)
+        y_, expected = reference(t, expected)
+        assert y.shape == y_.shape and y.dtype == y_.dtype
+        assert jax.tree.map(lambda a: a.dtype, new) == jax.tree.map(lambda a: a.dtype, state)
+        assert error(y, y_) <= TOLERANCE[dtype]
+        assert_close(new, expected, TOLERANCE[dtype])
+        state = new
+
+
+@pytest.mark.parametrize("variant", STEPS)
+def test_steps_are_the_recurrence(variant):
+    args = make(2, **VARIANTS[variant])
+    assert_steps(args, random_state(args), steps=2)
+
+
+@pytest.mark.parametrize("r", [1, 4])
+def test_low_precision_in_blocks_of_rows_and_heads(r):
+    """bfloat16 inputs and state, three rows, two blocks of 8 heads: the state stays bfloat16, the angle float32."""
+    args = make(2, b=3, h=16, r=r, mimo=r > 1, dtype=jnp.bfloat16)
+    state = random_state(args)
+    assert_steps(args, state.map(lambda a: a.astype(jnp.bfloat16))._replace(angle=state.angle), steps=2)
+
+
+def test_no_races_in_place():
+    """The TPU interpreter, with its buffers and transfers, on a state that is overwritten."""
+    args = make(1, b=2, h=2, r=2, mimo=True)
+    interpret = pltpu.InterpretParams(detect_races=True)
+    assert_steps(args, random_state(args), 1, functools.partial(decode, kernel="tpu", interpret=interpret))
+    assert interpret_pallas_call.races is not None and not interpret_pallas_call.races.races_found
+
+
+def test_block_sizes_divide_rows_and_heads_that_share_projections():
+    assert default_block_sizes(128, 64, 1, 64, 128, 4) == default_block_sizes(128, 64, 8, 64, 128, 4)
+    for b, h, g in [(1, 24, 1), (7, 48, 1), (6, 4, 2), (128, 64, 64)]:
+        blocks = default_block_sizes(b, h, g, 64, 128, 4)
+        assert b % blocks.rows == 0 and blocks.heads in (8, h)
+        assert blocks.heads == h or h // g % blocks.heads == 0
+
+
+def test_cosine_and_sine_of_any_angle():
+    """Within 2e-7 on [-pi, pi], its ends and the zeros included, and of many revolutions once wrapped."""
+    special = np.pi * np.array([-1, -0.5, 0, 0.5, 1])
+    angle = np.float32(np.concatenate([special, np.linspace(-np.pi, np.pi, 100001)]))
+    for got, exact in zip(cos_sin(jnp.asarray(angle)), (np.cos, np.sin)):
+        assert np.max(np.abs(got - exact(angle.astype(np.float64)))) < 2e-7
+    many = np.linspace(-300, 300, 1001).astype(np.float32)
+    wrapped = np.asarray(wrap(jnp.asarray(many)), np.float64)
+    assert np.max(np.abs(wrapped)) <= np.pi + 1e-5
+    assert np.max(np.abs(np.sin((wrapped - many) / 2))) < 1e-6
