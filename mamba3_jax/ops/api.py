@@ -230,7 +230,8 @@ def _choose(
         if call.t > 1 and kernel is not None:
             reason = refusals[kernel]()
             if reason is None and kernel == "tpu":
-                reason = slower_than_chunked(Sizes(*(getattr(call, name) for name in Sizes._fields[:-1]), itemsize))
+                sizes = Sizes(*(getattr(call, name) for name in Sizes._fields[:-1]), itemsize)
+                reason = _spread() or slower_than_chunked(sizes)
             picked, what = (picked, f"sequences ({reason})") if reason else (kernel, what)
         _log_choice(picked, _platform(), what)
         return picked
@@ -254,9 +255,15 @@ def _platform() -> str:
 
 
 def _step_kernel() -> str | None:
-    """Of several, but inside a shard_map, each could hold a part of the state, which the decode kernels would gather."""
-    alone = jax.device_count() == 1 or bool(jax.sharding.get_abstract_mesh().manual_axes)
-    return KERNELS.get(_platform()) if alone else None
+    """Of several devices each could hold a part of the state, which the decode kernels would gather."""
+    return None if _spread() else KERNELS.get(_platform())
+
+
+def _spread() -> str | None:
+    """Why arrays may lie on several devices in a way that a kernel is not told: XLA cuts no kernel by itself."""
+    if jax.device_count() == 1 or jax.sharding.get_abstract_mesh().manual_axes:
+        return None
+    return f"{jax.device_count()} devices and no ambient mesh of this library's"
 
 
 def _check_device(kernel: str) -> None:
