@@ -105,6 +105,10 @@ RESULTS_BY_NAME: dict[str, Result] = {
         "time and memory of converting a released 1.5B checkpoint, there and back",
         "conversion", (), "conversion", "6 min", "6 min", ("--smoke", "--forms=[torch]"),
     ),
+    "pod_compile": Result(
+        "the 1.5B models' training step compiled for TPU pods: memory per chip, compile time, collectives",
+        "pod_compile", (), "pod_compile", "2 h", "2 h", ("--smoke",),
+    ),
     "sweep_throughput": Result(
         "training many runs at once against a loop of single runs",
         "sweep_throughput", (), "sweep_throughput", "10 min", "3 min",

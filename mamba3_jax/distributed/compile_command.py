@@ -47,5 +47,5 @@ def main(argv: list[str]) -> int:
         fail(f"summary: got {config.summary} ({error.strerror}); allowed: a file that can be written")
     print(render(program))
     if not program.fits:
-        print("\n".join(["it fits with less of these, the first ones first:", *advice(config, program)]))
+        print("\n".join(["to make it smaller, the most useful first:", *advice(config, program)]))
     return int(not program.fits)

@@ -151,7 +151,7 @@ def compile_step(config: CompileConfig) -> Program:
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
-            refusal = " ".join(str(error).split())
+            refusal = " ".join(str(error).split()).partition(" See https:")[0]
         compiling = time.perf_counter() - began
         if refusal is None:
             memory, moved = _memory(compiled), collectives(compiled.as_text())
