@@ -16,8 +16,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-LANES = 128
-SUBLANES = 8
+from pallas.tpu.chips import LANES, SUBLANES
+from pallas.tpu.cost_model import Sizes
+
 TWO_PI = 2 * np.pi
 
 # Rows of `Operands.coefficients`: each kind for all heads of a block, then the next kind.
@@ -153,6 +154,14 @@ class Grid:
     @property
     def shape(self) -> tuple[int, int, int]:
         return self.ops.x.shape[0], self.chunks, self.steps
+
+    @property
+    def sizes(self) -> Sizes:
+        """For the cost model; heads and channels that were padded count."""
+        b, t, _ = self.ops.x.shape
+        tiling, itemsize = self.tiling, self.ops.x.dtype.itemsize
+        h, g = self.blocks * tiling.heads, self.ops.B.shape[1]
+        return Sizes(b, t, h, tiling.p, tiling.n, g, tiling.r, tiling.s, itemsize)
 
     def spec(self, block, index):
         """index(b, chunk, step, group)."""
