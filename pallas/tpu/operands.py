@@ -59,7 +59,17 @@ class Tiling:
     @property
     def angle_lanes(self) -> int:
         """Of the packed angles: 2s per head of a block, at least n so that a head's can be moved to its channels."""
-        return max(self.n, -(-self.heads * 2 * self.s // LANES) * LANES)
+        return max(self.n, padded_up(self.heads * 2 * self.s))
+
+
+def padded_up(size: int) -> int:
+    """The next multiple of 128."""
+    return -(-size // LANES) * LANES
+
+
+def padded_head_dim(h: int, p: int, g: int) -> int:
+    """p where heads of one group fill the lanes, else the next multiple of 128: blocks of one head, partly zero."""
+    return p if p % LANES == 0 or (LANES % p == 0 and (h // g) % (LANES // p) == 0) else padded_up(p)
 
 
 class Operands(NamedTuple):
