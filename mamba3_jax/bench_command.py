@@ -90,7 +90,7 @@ def rows(config: Config) -> dict[str, list[tuple[str, Work, Prediction]]]:
         "backward": [backward],
         "forward + backward": [of("forward", cost_model.forward(sizes, chip, chunk, keep=True)), backward],
         f"decode step, b={step.b}": [
-            of("decode", cost_model.decode(step, jnp.dtype(config.state_dtype).itemsize), step)
+            of("decode", cost_model.decode(step, chip, jnp.dtype(config.state_dtype).itemsize), step)
         ],
         "chunked XLA, forward": [of("chunked", cost_model.chunked(sizes, "forward", forms))],
         "chunked XLA, forward + backward": [of("chunked", cost_model.chunked(sizes, "forward_backward", forms))],

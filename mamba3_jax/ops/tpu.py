@@ -12,10 +12,10 @@ from mamba3_jax.ops import prepass
 from mamba3_jax.ops.chunked import default_chunk_size, enter, leave
 from mamba3_jax.ops.inputs import Inputs
 from mamba3_jax.ops.state import SSMState
-from pallas.tpu.block_sizes import BlockSizes, default_block_sizes
+from pallas.tpu.block_sizes import BlockSizes, default_block_sizes, tiling_of, tiling_to_interpret
 from pallas.tpu.chips import chip_of, device_kind
 from pallas.tpu.cost_model import Sizes, chunked_seconds, train_seconds
-from pallas.tpu.operands import KINDS, LANES, Operands, Tiling
+from pallas.tpu.operands import KINDS, Operands, Tiling
 from pallas.tpu.vjp import ssm
 
 DTYPES = ("bfloat16", "float32")
@@ -77,10 +77,13 @@ def tpu(
     b, t, h, p = inputs.x.shape
     _, _, r, g, n = inputs.B.shape
     s = inputs.omega.shape[-1]
+    shape = dict(h=h, p=p, n=n, g=g, r=r, s=s)
     if blocks is None:
-        shape = dict(t=t, h=h, p=p, n=n, g=g, r=r, s=s)
         blocks = default_block_sizes(shape, inputs.x.dtype, device_kind())
-    tiling = Tiling(blocks.chunk, r, _up(n), s, padded_head_dim(h, p, g), blocks.blocks, blocks.vmem_bytes, interpret)
+    if interpret:
+        tiling = tiling_to_interpret(shape, blocks, interpret)
+    else:
+        tiling = tiling_of(shape, inputs.x.dtype, blocks, device_kind())
     c, t_padded = tiling.c, -(-t // tiling.c) * tiling.c
 
     padded = prepass.pad(inputs, t_padded)
@@ -107,15 +110,6 @@ def tpu(
     y = y.reshape(*y.shape[:-1], h, tiling.p)[:, :t, ..., :p]
     last = last.reshape(b, h, tiling.p, tiling.n)[:, :, :p, :n]
     return y, leave(inputs, angles.after, last, angles.at_start)
-
-
-def padded_head_dim(h: int, p: int, g: int) -> int:
-    """p where heads of one group fill the lanes, else the next multiple of 128: blocks of one head, partly zero."""
-    return p if p % LANES == 0 or (LANES % p == 0 and (h // g) % (LANES // p) == 0) else _up(p)
-
-
-def _up(size: int) -> int:
-    return -(-size // LANES) * LANES
 
 
 def _pad_last(u: Array, size: int) -> Array:

@@ -24,6 +24,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas.tpu import tiles
+from pallas.tpu.cost_model import estimate
 from pallas.tpu.forward import compiler_params
 from pallas.tpu.operands import KINDS, TWO_PI, Grid, Operands, Tiling, laid_out, swap_pairs
 from pallas.tpu.tiles import Block, Turn, dot
@@ -373,6 +374,7 @@ def _call(ops: Operands, entries, dy, dlast, grid: Grid) -> tuple[Gradients, jax
         out_shape=[Gradients(*(shape for shape, _ in pairs)), float32(b, width, n)],
         scratch_shapes=[pltpu.VMEM((grid.blocks, tiling.lanes, n), jnp.float32), kept, kept],
         compiler_params=compiler_params(tiling),
+        cost_estimate=estimate("backward", grid.sizes, chunk=tiling.c),
         interpret=tiling.interpret,
         name="ssm_tpu_backward",
     )(ops, entries, dy, dlast)

@@ -11,12 +11,13 @@ compiled by `mamba3 reproduce tpu_compile`. All of it is a prediction; no TPU wa
 The same for the chunked form in XLA, whose bytes were counted in its compiled program (CHUNKED_BYTES).
 """
 
+import contextlib
 import math
 from typing import NamedTuple
 
 from jax.experimental import pallas as pl
 
-from pallas.tpu.chips import LANES, VREG, Chip
+from pallas.tpu.chips import CHIPS, LANES, VREG, Chip, chip_of, device_kind
 
 # What a kernel computes with float32 operands is made of products of bfloat16 parts.
 FLOAT32_PASSES = 6
@@ -49,12 +50,6 @@ class Work(NamedTuple):
     vpu: float
     eup: float
 
-    def __add__(self, other: "Work") -> "Work":
-        return Work(*(a + b for a, b in zip(self, other)))
-
-    def times(self, count: float) -> "Work":
-        return Work(*(count * a for a in self))
-
 
 class Prediction(NamedTuple):
     """Seconds: of each unit alone if it were always busy, the longest of which `binds`, and of the call."""
@@ -81,11 +76,14 @@ def predict(work: Work, what: str, sizes: Sizes, chip: Chip) -> Prediction:
     return Prediction(units, max(units["HBM"], INFLATION[what] * busiest))
 
 
-def estimate(work: Work, chip: Chip) -> pl.CostEstimate:
-    """For `pallas_call`, so that XLA schedules around the kernel."""
-    return pl.CostEstimate(
-        flops=int(work.mxu * 2 * chip.mxu_size**2), bytes_accessed=int(work.bytes), transcendentals=int(work.eup * VREG)
-    )
+def estimate(what: str, sizes: Sizes, **options) -> pl.CostEstimate:
+    """For `pallas_call` on the TPU at hand, for XLA to schedule around the kernel; `what` is a function here."""
+    chip = CHIPS["v5e"]
+    with contextlib.suppress(ValueError):  # there is none when interpreting
+        chip = chip_of(device_kind())
+    work = {"forward": forward, "backward": backward, "decode": decode}[what](sizes, chip, **options)
+    flops = 2 * chip.mxu_size**2 * work.mxu
+    return pl.CostEstimate(flops=int(flops), bytes_accessed=int(work.bytes), transcendentals=int(work.eup * VREG))
 
 
 def forward(sizes: Sizes, chip: Chip, chunk: int, keep: bool = False) -> Work:
@@ -125,7 +123,7 @@ def backward(sizes: Sizes, chip: Chip, chunk: int) -> Work:
     return of.all(work)._replace(bytes=of.bytes(sequences=5, projections=4, kept=True, gradients=True))
 
 
-def decode(sizes: Sizes, state_itemsize: int = 4) -> Work:
+def decode(sizes: Sizes, chip: Chip, state_itemsize: int = 4) -> Work:
     """The decode kernel, one step: t is not read. Bytes as the arrays lie in memory, with last axes of 128."""
     b, _, h, p, n, g, r, s, itemsize = sizes
     lanes = -(-p // LANES) * LANES
@@ -176,13 +174,13 @@ class _Blocks:
         self.channels, self.values = chunk * self.n / VREG, chunk * self.lanes / VREG
         self.square, self.state = chunk * chunk / VREG, self.lanes * self.n / VREG
 
-    def product(self, m: int, k: int, n: int) -> float:
+    def product(self, m: int, k: int, n: int) -> int:
         """Cycles of one matrix unit for an m x k x n product in the dtype of x."""
         passes = 1 if self.sizes.itemsize == 2 else FLOAT32_PASSES
         return passes * m * math.ceil(k / self.size) * math.ceil(n / self.size)
 
     @property
-    def turn_products(self) -> float:
+    def turn_products(self) -> int:
         """Cycles for the angles' sums over the tokens of a chunk: parts in bfloat16."""
         return self.parts * self.c * math.ceil(self.c / self.size) * math.ceil(self.angle_lanes / self.size)
 
@@ -192,9 +190,10 @@ class _Blocks:
         return 28 * self.c * self.angle_lanes / VREG
 
     def all(self, block: Work) -> Work:
-        return block.times(self.sizes.b * self.chunks * self.blocks)
+        count = self.sizes.b * self.chunks * self.blocks
+        return Work(*(count * amount for amount in block))
 
-    def bytes(self, sequences: int, projections: int, kept: bool, gradients: bool = False) -> float:
+    def bytes(self, sequences: int, projections: int, kept: bool, gradients: bool = False) -> int:
         """Of operands and results: arrays like x, like B, and what is float32 (operands.py)."""
         b, _, _, _, _, g, r, s, itemsize = self.sizes
         t, width = self.chunks * self.c, self.blocks * self.lanes

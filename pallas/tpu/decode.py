@@ -23,6 +23,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas.step import Pairing, State, Token, Weights, check_dtypes, output_shape
 from pallas.tpu.angles import cos_sin, wrap
+from pallas.tpu.cost_model import Sizes, estimate
 
 # Heads of a block are unrolled; 8 fill the sublanes of what is computed for all of them at once.
 HEADS = 8
@@ -234,9 +235,17 @@ def _call(
         out_shape=(y, jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), state)),
         input_output_aliases={i: i + 1 for i in range(len(jax.tree.leaves(state)))},
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel")),
+        cost_estimate=_cost(state, token),
         interpret=interpret,
         name="ssm_tpu_decode",
     )(state, token, weights)
+
+
+def _cost(state: State, token: _Token) -> pl.CostEstimate:
+    b, h, p, n = state.ssm.shape
+    s = 0 if state.angle is None else state.angle.shape[2]
+    sizes = Sizes(b, 1, h, p, n, g=token.B.shape[1], r=token.B.shape[2], s=s, itemsize=token.x.dtype.itemsize)
+    return estimate("decode", sizes, state_itemsize=state.ssm.dtype.itemsize)
 
 
 def decode_step(

@@ -17,6 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas.tpu import tiles
+from pallas.tpu.cost_model import estimate
 from pallas.tpu.operands import Grid, Operands, Tiling, laid_out
 from pallas.tpu.tiles import Block, dot
 
@@ -130,6 +131,7 @@ def forward(ops: Operands, h0: jax.Array, tiling: Tiling, keep: bool):
             pltpu.VMEM((2, 2 if tiling.s else 1, tiling.r, tiling.c, n), jnp.float32),
         ],
         compiler_params=compiler_params(tiling),
+        cost_estimate=estimate("forward", grid.sizes, chunk=tiling.c, keep=keep),
         interpret=tiling.interpret,
         name="ssm_tpu_forward",
     )(ops, h0)

@@ -16,8 +16,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-LANES = 128
-SUBLANES = 8
+from pallas.tpu.chips import LANES, SUBLANES
+from pallas.tpu.cost_model import Sizes
+
 TWO_PI = 2 * np.pi
 
 # Rows of `Operands.coefficients`: each kind for all heads of a block, then the next kind.
@@ -58,7 +59,17 @@ class Tiling:
     @property
     def angle_lanes(self) -> int:
         """Of the packed angles: 2s per head of a block, at least n so that a head's can be moved to its channels."""
-        return max(self.n, -(-self.heads * 2 * self.s // LANES) * LANES)
+        return max(self.n, padded_up(self.heads * 2 * self.s))
+
+
+def padded_up(size: int) -> int:
+    """The next multiple of 128."""
+    return -(-size // LANES) * LANES
+
+
+def padded_head_dim(h: int, p: int, g: int) -> int:
+    """p where heads of one group fill the lanes, else the next multiple of 128: blocks of one head, partly zero."""
+    return p if p % LANES == 0 or (LANES % p == 0 and (h // g) % (LANES // p) == 0) else padded_up(p)
 
 
 class Operands(NamedTuple):
@@ -153,6 +164,14 @@ class Grid:
     @property
     def shape(self) -> tuple[int, int, int]:
         return self.ops.x.shape[0], self.chunks, self.steps
+
+    @property
+    def sizes(self) -> Sizes:
+        """For the cost model; heads and channels that were padded count."""
+        b, t, _ = self.ops.x.shape
+        tiling, itemsize = self.tiling, self.ops.x.dtype.itemsize
+        h, g = self.blocks * tiling.heads, self.ops.B.shape[1]
+        return Sizes(b, t, h, tiling.p, tiling.n, g, tiling.r, tiling.s, itemsize)
 
     def spec(self, block, index):
         """index(b, chunk, step, group)."""

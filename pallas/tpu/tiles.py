@@ -260,4 +260,4 @@ def gate(ops: Operands, z: jax.Array, block, rank: int) -> jax.Array:
 
 def sigmoid(u: jax.Array, dtype) -> jax.Array:
     """In bfloat16's precision by the hardware's reciprocal alone: an exact quotient takes ten operations more."""
-    return jax.nn.sigmoid(u) if dtype == jnp.float32 else pl.reciprocal(1 + jnp.exp(-u), approx=True)
+    return jax.nn.sigmoid(u) if dtype == jnp.float32 else pltpu.reciprocal(1 + jnp.exp(-u), approx=True)

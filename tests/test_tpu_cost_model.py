@@ -1,0 +1,147 @@
+"""The cost model of the TPU kernels: bytes as the kernels' operands have them, and what `mamba3 bench` says."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from experiments.kernel_programs import Shape, arrays
+from mamba3_jax import bench_command
+from mamba3_jax.cli import main
+from mamba3_jax.ops import SSMState, api, ssm
+from mamba3_jax.ops.decode import decode
+from pallas.tpu import cost_model
+from pallas.tpu.chips import CHIPS, chip_of
+from pallas.tpu.cost_model import Sizes, predict
+
+V5E = CHIPS["v5e"]
+LAYER = Sizes(b=8, t=8192, h=32, p=64, n=128, s=32)
+
+
+@pytest.fixture
+def tpu(monkeypatch):
+    """Inside, this machine is taken for one with a v5e, for which calls are traced, not run."""
+    mesh = jax.sharding.AbstractMesh(
+        (), (), abstract_device=jax.sharding.AbstractDevice("TPU v5 lite", num_cores=1, platform="tpu")
+    )
+    with jax.sharding.use_abstract_mesh(mesh):
+        yield
+
+
+def kernel_calls(function, *args) -> dict[str, tuple]:
+    """By name: (bytes of the operands and results, cost estimate) of the Pallas calls of a traced function."""
+    found = {}
+
+    def visit(jaxpr):
+        for eqn in jaxpr.eqns:
+            if eqn.primitive.name == "pallas_call":
+                size = sum(v.aval.size * v.aval.dtype.itemsize for v in (*eqn.invars, *eqn.outvars))
+                found[eqn.params["name"]] = size, eqn.params["cost_estimate"]
+            for inside in eqn.params.values():
+                if hasattr(inside := getattr(inside, "jaxpr", inside), "eqns"):
+                    visit(inside)
+
+    visit(jax.make_jaxpr(function)(*args).jaxpr)
+    return found
+
+
+def layer(model: str, r: int):
+    a = jax.eval_shape(lambda: arrays(model, Shape(b=2, t=1024, h=8), r, "bfloat16"))
+    a.pop("dy")
+    return a
+
+
+@pytest.mark.parametrize("model, r", [("siso", 1), ("mimo", 4)])
+def test_bytes_are_those_of_the_kernels(tpu, model, r):
+    """Of forward and backward within 5%: the rest is per row of the batch or per head, not per token."""
+
+    def loss(a):
+        return jnp.sum(ssm(**a, implementation="tpu")[0].astype(jnp.float32))
+
+    calls = kernel_calls(jax.grad(loss), layer(model, r))
+    assert set(calls) == {"ssm_tpu_forward", "ssm_tpu_backward"}
+    for name, (size, estimate) in calls.items():
+        assert abs(estimate.bytes_accessed / size - 1) < 0.05, name
+        assert estimate.flops > 0 and estimate.transcendentals > 0
+
+
+def test_bytes_of_a_step_are_the_state_twice_and_little_else(tpu):
+    a = {k: jax.ShapeDtypeStruct((u.shape[0], *u.shape[2:]), u.dtype) if u.ndim > 2 and u.shape[1] == 1024 else u
+         for k, u in layer("siso", 1).items()}  # fmt: skip
+    state = SSMState(*(jax.ShapeDtypeStruct(u, jnp.float32) for u in SSMState.shapes(2, 8, 64, 128, 1, 32)))
+    calls = kernel_calls(lambda a, state: decode(**a, state=state, kernel="tpu"), a, state)
+    size, estimate = calls["ssm_tpu_decode"]
+    assert 0.95 * size < estimate.bytes_accessed < 1.2 * size  # arrays of 64 channels take 128 lanes
+
+
+def test_products_are_padded_to_the_matrix_unit():
+    """A 128 x 128 x 128 product fills a unit of 128, and a quarter of one of 256; float32 takes six passes."""
+    of = functools.partial(cost_model._Blocks, LAYER)
+    assert of(V5E, 128).product(128, 128, 128) == of(CHIPS["v6e"], 128).product(128, 128, 128) == 128
+    assert of(V5E, 128).product(128, 64, 130) == 2 * 128
+    assert cost_model._Blocks(LAYER._replace(itemsize=4), V5E, 128).product(128, 128, 128) == 6 * 128
+
+
+def test_work_grows_with_what_it_is_of():
+    """Linear in rows and heads; twice the ranks more than twice the products; a chunk's squares with the chunk."""
+    once = cost_model.forward(LAYER, V5E, 128)
+    twice = cost_model.forward(LAYER._replace(b=16, h=64), V5E, 128)
+    assert twice.mxu == 4 * once.mxu and twice.vpu == 4 * once.vpu
+    ranks = [cost_model.forward(LAYER._replace(r=r), V5E, 128).mxu for r in (1, 2, 4)]
+    assert ranks[2] - ranks[1] > 2 * (ranks[1] - ranks[0])
+    assert cost_model.forward(LAYER, V5E, 256).eup == 1.5 * once.eup  # as many of the scores' as of the gate's
+    assert cost_model.backward(LAYER, V5E, 128).vpu > once.vpu
+
+
+def test_a_prediction_is_no_faster_than_any_unit_and_names_the_one_that_binds():
+    for chip in CHIPS.values():
+        step = predict(cost_model.decode(LAYER._replace(b=128), chip), "decode", LAYER._replace(b=128), chip)
+        both = predict(cost_model.backward(LAYER, chip, 128), "backward", LAYER, chip)
+        for prediction in (step, both):
+            assert prediction.seconds >= max(prediction.units.values()) == prediction.units[prediction.binds]
+    assert predict(cost_model.decode(LAYER._replace(b=128), V5E), "decode", LAYER, V5E).binds == "HBM"
+
+
+@pytest.mark.parametrize("kind, name", [("TPU v5 lite", "v5e"), ("TPU v5", "v5p"), ("TPU7x", "tpu7x"), ("v4", "v4")])
+def test_chips_by_the_names_jax_gives_them(kind, name):
+    assert chip_of(kind) is CHIPS[name]
+
+
+def test_an_unknown_chip_is_named():
+    with pytest.raises(ValueError, match="chip: got 'TPU v9'; allowed: v4, v5e, v5p, v6e, tpu7x"):
+        chip_of("TPU v9")
+
+
+def test_none_picks_the_predicted_faster_form_and_says_why(tpu, monkeypatch, caplog):
+    a = layer("siso", 1)
+    with caplog.at_level("INFO", logger="mamba3_jax.ops.api"):
+        api._log_choice.cache_clear()
+        jax.eval_shape(lambda a: ssm(**a), a)
+        monkeypatch.setattr("mamba3_jax.ops.tpu.chunked_seconds", lambda *_: 0.0)
+        jax.eval_shape(lambda a: ssm(**a), a)
+    kernels, chunked = (record.getMessage() for record in caplog.records)
+    assert kernels.endswith("implementation 'tpu' for sequences")
+    assert "implementation 'chunked' for sequences (predicted 0 ms forward and backward" in chunked
+
+
+def test_bench_prints_predictions_beside_the_peer(capsys):
+    assert main(["bench", "--cost_model", "tpu", "--chip", "v5e"]) == 0
+    text = capsys.readouterr().out
+    assert "Predictions for one v5e" in text and "not measurements" in text
+    assert "17.4 ms measured" in text and "80.1 ms measured" in text
+    rows = bench_command.rows(bench_command.Config())
+    (_, _, forward), (_, _, backward) = rows["forward"][0], rows["backward"][0]
+    assert f"{1e3 * forward.seconds:.3f}" in text and f"{1e3 * backward.seconds:.3f}" in text
+    assert main(["bench", "--chip", "v6e"]) == 0
+    assert "measured" not in capsys.readouterr().out.replace("not measurements", "")
+
+
+@pytest.mark.parametrize("options, expected", [
+    (["--chip", "v9"], "chip: got 'v9'; allowed: v4, v5e"), (["--h", "0"], "h: got 0; allowed: a positive integer"),
+    (["--chunk", "100"], "chunk: got 100; allowed: a multiple of 128"), (["--g", "3"], "g: got 3; allowed: a divisor"),
+])  # fmt: skip
+def test_bad_options_are_one_line(options, expected, capsys):
+    with pytest.raises(SystemExit) as error:
+        main(["bench", *options])
+    assert error.value.code == 2 and expected in capsys.readouterr().err
