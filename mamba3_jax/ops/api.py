@@ -244,7 +244,7 @@ def _choose(
 
 
 def _platform() -> str:
-    """What the call is compiled for, "cuda" on GPUs that kernels are written for; the mesh may be of another machine."""
+    """What the call is compiled for, "cuda" on GPUs that have kernels; the mesh may be of another machine."""
     abstract = jax.sharding.get_abstract_mesh().abstract_device
     device = jax.local_devices()[0]
     if abstract is not None and abstract.platform != device.platform:
