@@ -15,6 +15,9 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+# Else XLA's CPU backend runs what is independent in an order of each process's own, and collectives that meet out of
+# order wait for each other for ever.
+IN_ORDER = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
 ADDRESS, COUNT, INDEX = VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
 
@@ -31,11 +34,11 @@ def initialize(cluster: bool = False) -> None:
         RuntimeError: the others do not answer.
     """
     given = {name: os.environ[name] for name in VARIABLES if name in os.environ}
-    if jax.distributed.is_initialized():
+    if jax.distributed.is_initialized() or not (given or cluster):
         return
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {IN_ORDER}"
     if not given:
-        if cluster:
-            jax.distributed.initialize()
+        jax.distributed.initialize()
         return
     for name in VARIABLES:
         if name not in given:

@@ -22,7 +22,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from mamba3_jax.checks import check_array, check_choice, check_rank
-from mamba3_jax.distributed.rules import constrain
+from mamba3_jax.distributed.rules import constrain, exchanged
 from mamba3_jax.layers.conv import CausalConv, check_tail
 from mamba3_jax.layers.norm import RMSNorm, rms_norm
 from mamba3_jax.layers.parameters import Undecayed, linear, step_size_bias
@@ -273,7 +273,7 @@ class Mamba3(nnx.Module):
         ends = np.cumsum([sizes[name] for name in names])[:-1]
         # The small parts keep the product's float32: dt and the angles are summed over the whole sequence.
         rest = jnp.matmul(u, constrain(rest, None, None), preferred_element_type=self._wide(u))
-        z, x = (constrain(u @ constrain(part, None, "heads"), "batch", "time", "heads") for part in (z, x))
+        z, x = (constrain(u @ exchanged(part, "heads"), "batch", "time", "heads") for part in (z, x))
         return dict(z=z, x=x) | dict(zip(names, jnp.split(rest, ends, axis=-1)))
 
     def _project_token(self, u):

@@ -6,7 +6,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from mamba3_jax.distributed.rules import constrain
+from mamba3_jax.distributed.rules import exchanged
 from mamba3_jax.layers.parameters import linear
 
 WIDTH_MULTIPLE = 128
@@ -32,5 +32,5 @@ class SwiGLU(nnx.Module):
         # One product, whose halves are each cut over devices.
         dtype = self.fc1.dtype
         kernel = self.fc1.kernel[...].astype(dtype).reshape(x.shape[-1], 2, -1)
-        halves = jnp.einsum("...d,dkw->...kw", x.astype(dtype), constrain(kernel, None, None, "mlp"))
+        halves = jnp.einsum("...d,dkw->...kw", x.astype(dtype), exchanged(kernel, "mlp"))
         return self.fc2(halves[..., 0, :] * jax.nn.silu(halves[..., 1, :]))

@@ -10,6 +10,7 @@ import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 
+from mamba3_jax.distributed.processes import is_first
 from mamba3_jax.files import whole_file
 from mamba3_jax.training.flops import peak_flops
 
@@ -87,7 +88,13 @@ def line_of(record: dict, timing: dict[str, float], steps: int) -> str:
 
 @contextlib.contextmanager
 def progress(total: int, start: int) -> Iterator[Callable[[int, str | None], None]]:
-    """Yields `show(step, line)`: lines as they come, above a bar with the time left if there is a terminal."""
+    """Yields `show(step, line)`: lines as they come, above a bar with the time left if there is a terminal.
+
+    Of several processes the first one shows them.
+    """
+    if not is_first():
+        yield lambda step, line: None
+        return
     console = Console()
     if not console.is_terminal:
 
