@@ -13,6 +13,7 @@ from columns of v that are transposed for all heads of a block at once, and read
 
 import dataclasses
 import functools
+import math
 from typing import NamedTuple
 
 import jax
@@ -22,8 +23,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas.step import Pairing, State, Token, Weights, check_dtypes, output_shape
-from pallas.tpu.angles import cos_sin, wrap
 from pallas.tpu.cost_model import Sizes, estimate
+from pallas.tpu.tiles import cosine, nearest
+
+# As in mamba3_jax/ops/rotation.py: 2 pi in two parts, the first exact in few bits.
+TWO_PI = 2 * math.pi
+TWO_PI_HIGH = 6.28125
+TWO_PI_LOW = TWO_PI - TWO_PI_HIGH
 
 # Heads of a block are unrolled; 8 fill the sublanes of what is computed for all of them at once.
 HEADS = 8
@@ -122,13 +128,20 @@ def _turn(state_ref, token_ref, clock, new_ref, n: int, pairing: Pairing):
     """Advances the angles; their cosine, and the sine with the sign of each channel's partner, both (heads, n)."""
     if state_ref.angle is None:
         return None
-    angle = wrap(state_ref.angle[...] + wrap(_f32(token_ref.omega) * clock))
+    angle = _wrap(state_ref.angle[...] + _wrap(_f32(token_ref.omega) * clock))
     new_ref.angle[...] = angle
     pair, channel = (lax.broadcasted_iota(jnp.int32, (angle.shape[1], n), axis) for axis in (0, 1))
     # To the channels of each pair, by a product with 0 and 1 that is exact; 0 where a channel does not turn.
-    cos, sin = cos_sin(_dot(angle, (pair == _pair(channel, n, pairing)).astype(jnp.float32), (1, 0)))
+    turns = _dot(angle, (pair == _pair(channel, n, pairing)).astype(jnp.float32), (1, 0)) * (1 / TWO_PI)
+    cos, sin = cosine(turns), cosine(turns - 0.25)
     first = _is_first(lax.broadcasted_iota(jnp.int32, sin.shape, 1), n, pairing)
     return cos, jnp.where(first, -sin, sin)
+
+
+def _wrap(angle):
+    """rotation.wrap"""
+    turns = nearest(angle * (1 / TWO_PI))
+    return (angle - turns * TWO_PI_HIGH) - turns * TWO_PI_LOW
 
 
 def _pair(channel, n: int, pairing: Pairing):

@@ -12,8 +12,8 @@ from jax.experimental.pallas import tpu as pltpu
 from kernels.test_decode import TOLERANCE, VARIANTS, assert_close, error, stepper
 from mamba3_jax.ops import ssm_step
 from mamba3_jax.ops.decode import decode
-from pallas.tpu.angles import cos_sin, wrap
 from pallas.tpu.decode import default_block_sizes
+from pallas.tpu.tiles import cosine
 from test_operator import make, random_state
 
 # Each covers what the others do not.
@@ -67,13 +67,7 @@ def test_block_sizes_divide_rows_and_heads_that_share_projections():
         assert blocks.heads == h or h // g % blocks.heads == 0
 
 
-def test_cosine_and_sine_of_any_angle():
-    """Within 2e-7 on [-pi, pi], its ends and the zeros included, and of many revolutions once wrapped."""
-    special = np.pi * np.array([-1, -0.5, 0, 0.5, 1])
-    angle = np.float32(np.concatenate([special, np.linspace(-np.pi, np.pi, 100001)]))
-    for got, exact in zip(cos_sin(jnp.asarray(angle)), (np.cos, np.sin)):
-        assert np.max(np.abs(got - exact(angle.astype(np.float64)))) < 2e-7
-    many = np.linspace(-300, 300, 1001).astype(np.float32)
-    wrapped = np.asarray(wrap(jnp.asarray(many)), np.float64)
-    assert np.max(np.abs(wrapped)) <= np.pi + 1e-5
-    assert np.max(np.abs(np.sin((wrapped - many) / 2))) < 1e-6
+def test_cosine_of_any_turn():
+    """Within 2e-7 of the exact one, at its zeros and ends and after many revolutions."""
+    turns = np.float32(np.concatenate([np.arange(-8, 9) / 4, np.linspace(-2, 2, 100001)]))
+    assert np.max(np.abs(cosine(jnp.asarray(turns)) - np.cos(2 * np.pi * turns.astype(np.float64)))) < 2e-7

@@ -1,0 +1,89 @@
+"""The TPU kernels compiled, not only lowered, for every generation on a machine without a TPU."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from experiments import tpu_programs
+from experiments.kernel_programs import Shape
+from pallas.tpu.block_sizes import BlockSizes, default_block_sizes, tiling_of, vmem_bytes
+from pallas.tpu.chips import CHIPS
+
+LAYER = Shape(b=1, t=256, h=4)
+X = LAYER.b * LAYER.t * LAYER.h * LAYER.p
+
+pytestmark = pytest.mark.skipif(
+    tpu_programs.libtpu_missing() is not None, reason=str(tpu_programs.libtpu_missing())
+)
+
+
+def sizes(shape: Shape, r: int) -> dict[str, int]:
+    return dict(h=shape.h, p=shape.p, n=shape.n, g=shape.g, r=r, s=shape.n // 4)
+
+
+def assert_layer_compiles(chip: str, r: int):
+    """Both kernels, in no more VMEM than was said to be needed, and nothing as large as x copied or transposed."""
+    compiled = tpu_programs.compile_for(chip, *tpu_programs.sequences("tpu", "forward_backward", LAYER, r), X)
+    kind = CHIPS[chip].device_kinds[0]
+    blocks = default_block_sizes(sizes(LAYER, r), jnp.bfloat16, kind)
+    assert set(compiled.vmem) == {"ssm_tpu_forward", "ssm_tpu_backward"}
+    needed = vmem_bytes(sizes(LAYER, r), jnp.bfloat16, blocks)
+    assert 0 < max(compiled.vmem.values()) <= needed <= CHIPS[chip].vmem_bytes
+    assert not compiled.moves
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+def test_siso_layer_compiles(chip):
+    assert_layer_compiles(chip, r=1)
+
+
+@pytest.mark.parametrize("chip", ["v4", "tpu7x"])
+def test_mimo_layer_compiles(chip):
+    """The oldest and the newest; `mamba3 reproduce tpu_compile` has all of them, at the published shapes."""
+    assert_layer_compiles(chip, r=4)
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize("r", [1, 4])
+def test_decode_step_compiles_with_its_state_in_place(chip, r):
+    shape = Shape(b=2, t=1, h=8)
+    compiled = tpu_programs.compile_for(chip, *tpu_programs.step("tpu", shape, r), large=2**62, donate=(1,))
+    assert set(compiled.vmem) == {"ssm_tpu_decode"}
+    state = 4 * shape.b * shape.h * shape.p * shape.n
+    assert compiled.outputs + compiled.temporaries < state < compiled.arguments
+
+
+def test_none_picks_the_kernels_where_a_mesh_names_tpus():
+    """What is compiled for a topology, with nothing said of the implementation."""
+    function, arguments = tpu_programs.sequences(None, "forward", LAYER, 1)
+    assert set(tpu_programs.compile_for("v5e", function, arguments, X).vmem) == {"ssm_tpu_forward"}
+
+
+def test_a_chunk_that_does_not_fit_is_named_with_one_that_does():
+    """By a v4, whose cores have 16 MiB of VMEM: the bytes, the chip's, and the largest chunk."""
+    v4 = CHIPS["v4"]
+    shape, blocks = sizes(Shape(b=1, t=4096, h=64), 1), BlockSizes(chunk=1024, blocks=1)
+    with pytest.raises(ValueError) as caught:
+        tiling_of(shape, jnp.bfloat16, blocks, v4.device_kinds[0])
+    needed = vmem_bytes(shape, jnp.bfloat16, blocks)
+    text = str(caught.value)
+    assert text.startswith(f"chunk: got 1024, which needs {needed} bytes of VMEM where v4 has {v4.vmem_bytes}")
+    allowed = int(text.rsplit(" ", 1)[1])
+    assert 0 < allowed < 1024 and tiling_of(shape, jnp.bfloat16, BlockSizes(allowed, 1), "TPU v4").c == allowed
+    with pytest.raises(ValueError, match="which needs"):
+        tiling_of(shape, jnp.bfloat16, BlockSizes(allowed + 128, 1), "TPU v4")
+
+
+def test_the_compiler_agrees_that_it_does_not_fit():
+    """The same call with what it needs, and a limit that is not raised: out of VMEM."""
+    from mamba3_jax.ops import api, tpu
+
+    def over_sized(*args, **options):
+        return tpu.tpu(*args, **options, blocks=BlockSizes(chunk=2048, blocks=1))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(api, "tpu", over_sized)
+        patch.setattr("pallas.tpu.block_sizes.vmem_bytes", lambda *_: CHIPS["v4"].vmem_bytes)
+        function, arguments = tpu_programs.sequences("tpu", "forward", LAYER._replace(t=2048), 1)
+        with pytest.raises(jax.errors.JaxRuntimeError, match="(?i)vmem"):
+            tpu_programs.compile_for("v4", function, arguments, X)
