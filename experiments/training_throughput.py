@@ -14,7 +14,7 @@ tokens/s are of the median of `steps` steps, each waited for, after two that do 
 model needs (training/flops.py). Of the ways to fit a step into memory (`plans`) the fastest that fits is taken and
 named. DIR holds the peer's package, which is timed first, in a process of its own, since two do not share a GPU:
 
-    uv pip install --no-deps --target build/jla jax-linear-attention==0.1.0 equinox==0.13.2
+    uv pip install --no-deps --target build/jla jax-linear-attention==0.1.0 equinox==0.13.8
 
 Rows go to metrics.jsonl as they are measured (the peer's to peers.jsonl); those of the same device, jax, XLA_FLAGS,
 settings and code (mamba3_jax and pallas) are not measured again. A results directory holds these, summary.json,
@@ -44,7 +44,7 @@ from mamba3_jax.training.config import TrainConfig
 CODE = ("mamba3_jax", "pallas")
 PEERS = "peers.jsonl"
 # Cells whose steps are compiled at once; nothing is timed meanwhile.
-GROUP = 4
+GROUP = 5
 DTYPES = ("bfloat16", "float32")
 
 
@@ -79,7 +79,7 @@ class Config:
     length_layers: int = 4
     length_tokens: int = 65536
     steps: int = 6
-    precision: str = "configs/lm/tiny_cpu.yaml"
+    precision: str = "configs/lm/precision.yaml"
     precision_steps: int = 500
     precision_layers: int | None = None
     peer: str | None = None
@@ -157,7 +157,8 @@ def main(argv: list[str]) -> int:
         rows[row["name"]] = row | same
         measured.add(folder, row | same)
         print(f"{row['name']}: {figure_of(row)}", flush=True)
-    peers = [row for row in measured.read(folder, PEERS) if row["device"] == same["device"]]
+    asked = dict(device=same["device"], asked=_asked(config))
+    peers = [row for row in measured.read(folder, PEERS) if {key: row[key] for key in asked} == asked]
     summary = dict(command=command.line, **same, rows=list(rows.values()), peers=peers[-1:])
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     (folder / "report.md").write_text(render(summary, list(cells(config))))
@@ -194,9 +195,7 @@ def _measure_peer(config: Config, folder: Path) -> None:
     path = Path(config.peer)
     if not (path / "jla").is_dir():
         fail(f"peer: got {path}, which holds no jla; allowed: the folder that --target named")
-    program = Path(training_peer.__file__)
-    preset = "tiny-mamba3" if config.size == TINY else training_peer.PRESET
-    asked = dict(preset=preset, b=config.peer_rows, t=config.peer_context, steps=config.steps)
+    program, asked = Path(training_peer.__file__), _asked(config)
     same = dict(asked=asked, code=hashlib.sha256(program.read_bytes()).hexdigest()[:12])
     known = [row for row in measured.read(folder, PEERS) if {key: row[key] for key in same} == same]
     devices = [row["device"] for row in known if "reason" not in row]
@@ -209,3 +208,9 @@ def _measure_peer(config: Config, folder: Path) -> None:
         measured.add(folder, row | same, PEERS)
         told = row.get("reason") or f"{row['tokens'] / row['s']:,.0f} tokens/s"
         print(f"{row['peer']}, {row['preset']}: {told}", flush=True)
+
+
+def _asked(config: Config) -> dict:
+    """What the peer is to train."""
+    preset = "tiny-mamba3" if config.size == TINY else training_peer.PRESET
+    return dict(preset=preset, b=config.peer_rows, t=config.peer_context, steps=config.steps)
