@@ -145,7 +145,7 @@ def render(summary: dict) -> str:
         f"    {summary['command']}",
         "",
         f"{config['tokens']:,} tokens of random documents (median {MEDIAN}) in shards on disk, packed; a figure is of",
-        f"{config['batches']} batches of {config['batch_size']} x {config['context']}. {summary["cores"]} cores; the",
+        f"{config['batches']} batches of {config['batch_size']} x {config['context']}. {summary['cores']} cores; the",
         "load is the machine's when a figure was begun: processes that run or wait, the mean of a minute.",
         "",
         "| workers | tokens/s | load |",
