@@ -17,7 +17,6 @@ report.md and generation.png.
 """
 
 import dataclasses
-import fnmatch
 import functools
 import json
 import statistics
@@ -31,9 +30,9 @@ import matplotlib
 import numpy as np
 from flax import nnx
 
-from experiments import kernel_latency
+from experiments import kernel_latency, measured
 from experiments.command import parse
-from mamba3_jax.command import fail, results_folder
+from mamba3_jax.command import results_folder
 from mamba3_jax.inference import GenerationState, Sampling, Stream, generate, prefill
 from mamba3_jax.layers import Mamba3Config
 from mamba3_jax.models import LM, PRESETS, LMConfig, abstract_model, preset
@@ -224,29 +223,24 @@ def main(argv: list[str]) -> int:
     if command.smoke:
         command = dataclasses.replace(command, config=dataclasses.replace(command.config, **SMOKE))
     config, folder = command.config, results_folder(command.results_dir)
-    path = folder / "metrics.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    rows = measured.read(folder)
     if config.measure:
-        chosen = [cell for cell in cells(config) if fnmatch.fnmatch(cell.name, command.only)]
-        if not chosen:
-            fail(f"only: got {command.only!r}, which matches no cell; allowed: a pattern of 'decode,tiny,b=1 t=1,*'")
-        same = kernel_latency.identity(config, CODE)
-        rows = [row for row in rows if {key: row[key] for key in same} == same]
+        chosen = measured.choose(list(cells(config)), command.only)
+        same = measured.identity(config, CODE)
+        rows = list(measured.of_identity(rows, same).values())
         done = {row["name"] for row in rows}
         bandwidth = None
-        with path.open("a") as file:
-            for cell in chosen:
-                if cell.name in done:
-                    continue
-                bandwidth = bandwidth or copy_bandwidth()
-                figures = dict(**measure(cell, config), copy_bytes_per_s=bandwidth)
-                row = dict(name=cell.name, **cell._asdict(), **figures, **same)
-                rows.append(row)
-                file.write(json.dumps(row) + "\n")
-                file.flush()
-                print(f"{cell.name}: {_figure(row)}", flush=True)
-    elif not rows:
-        fail(f"measure: got false with no rows in {path}; allowed: true, or a results_dir with rows")
+        for cell in chosen:
+            if cell.name in done:
+                continue
+            bandwidth = bandwidth or copy_bandwidth()
+            figures = dict(**measure(cell, config), copy_bytes_per_s=bandwidth)
+            row = dict(name=cell.name, **cell._asdict(), **figures, **same)
+            rows.append(row)
+            measured.add(folder, row)
+            print(f"{cell.name}: {_figure(row)}", flush=True)
+    else:
+        measured.newest_identity(rows, folder)
     summary = dict(command=command.line, rows=rows)
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     (folder / "report.md").write_text(render(summary, list(cells(config))))

@@ -18,13 +18,10 @@ metrics.jsonl, summary.json, latency.png and report.md.
 
 import concurrent.futures
 import dataclasses
-import fnmatch
 import functools
-import hashlib
 import itertools
 import json
 import math
-import os
 import statistics
 import time
 from pathlib import Path
@@ -33,13 +30,12 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from experiments import kernel_report
+from experiments import kernel_report, measured
 from experiments.command import parse
 from experiments.kernel_programs import Cell, Shape, arrays, cells, counts, forward_backward, program, size
 from experiments.sweep import memory_available
-from mamba3_jax.command import fail, results_folder
+from mamba3_jax.command import results_folder
 
-ROOT = Path(__file__).resolve().parent.parent
 CODE = ("mamba3_jax/ops", "pallas")
 # Cells whose programs are compiled at once, on as many threads; nothing is timed meanwhile.
 GROUP = 8
@@ -233,17 +229,6 @@ def _missing(cell: Cell, error: Exception) -> Missing:
     return Missing(cell, f"failed: {type(error).__name__}: {reason}", failed=True)
 
 
-def identity(config, folders: tuple[str, ...]) -> dict:
-    """What must be the same for a row to stand: the device, the software, the settings, the code in some folders."""
-    code = hashlib.sha256()
-    for folder in folders:
-        for path in sorted((ROOT / folder).rglob("*.py")):
-            code.update(path.read_bytes())
-    device = f"{jax.devices()[0].device_kind} ({jax.default_backend()})"
-    flags = os.environ.get("XLA_FLAGS", "")
-    return dict(device=device, jax=jax.__version__, flags=flags, settings=config.settings, code=code.hexdigest()[:12])
-
-
 def main(argv: list[str]) -> int:
     """The command; returns the exit status, 1 if a cell failed."""
     command = parse("kernel_latency", Config, argv, cells=True)
@@ -251,21 +236,16 @@ def main(argv: list[str]) -> int:
         command = dataclasses.replace(command, config=dataclasses.replace(command.config, **SMOKE))
     config, folder = command.config, results_folder(command.results_dir)
     peers = kernel_report.read_peers(config.peers)
-    path = folder / "metrics.jsonl"
-    stored = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    stored = measured.read(folder)
     if config.measure:
-        same = identity(config, CODE)
-        wanted = cells(config, jax.default_backend())
-        if not (chosen := [cell for cell in wanted if fnmatch.fnmatch(cell.name, command.only)]):
-            fail(f"only: got {command.only!r}, which matches no cell; allowed: a pattern of {wanted[2].name!r}")
-        rows = {row["name"]: row for row in stored if {key: row[key] for key in same} == same}
+        same = measured.identity(config, CODE)
+        chosen = measured.choose(cells(config, jax.default_backend()), command.only)
+        rows = measured.of_identity(stored, same)
         left = [cell for cell in chosen if cell.name not in rows or rows[cell.name]["failed"]]
-        _measure_all(left, config, same, rows, path)
-    elif stored:
-        same = {key: stored[-1][key] for key in ("device", "jax", "flags", "settings", "code")}
-        rows = {row["name"]: row for row in stored if {key: row[key] for key in same} == same}
+        _measure_all(left, config, same, rows, folder)
     else:
-        fail(f"measure: got false with no rows in {path}; allowed: true, or a results_dir with rows")
+        same = measured.newest_identity(stored, folder)
+        rows = measured.of_identity(stored, same)
     shapes = [str(Shape.parse(text)) for text in config.shapes]
     summary = dict(command=command.line, **same, shapes=shapes, rows=list(rows.values()), peers=peers)
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
@@ -275,9 +255,9 @@ def main(argv: list[str]) -> int:
     return int(any(row["failed"] for row in rows.values()))
 
 
-def _measure_all(chosen: list[Cell], config: Config, same: dict, rows: dict[str, dict], path: Path) -> None:
-    """Measures cells in groups that are compiled together; every row goes to `path` at once."""
-    with concurrent.futures.ThreadPoolExecutor(GROUP) as pool, path.open("a") as file:
+def _measure_all(chosen: list[Cell], config: Config, same: dict, rows: dict[str, dict], folder: Path) -> None:
+    """Measures cells in groups that are compiled together; every row is written at once."""
+    with concurrent.futures.ThreadPoolExecutor(GROUP) as pool:
         for group in itertools.batched(chosen, GROUP):
             for cell, prepared in zip(group, list(pool.map(lambda cell: prepare(cell, config), group))):
                 result = prepared if isinstance(prepared, Missing) else measure(cell, prepared, config)
@@ -285,7 +265,6 @@ def _measure_all(chosen: list[Cell], config: Config, same: dict, rows: dict[str,
                 row = dict(name=cell.name, **cell._asdict(), failed=isinstance(result, Missing) and result.failed)
                 row |= dict(shape=str(cell.shape or ""), **figures, **same)
                 rows[cell.name] = row
-                file.write(json.dumps(row) + "\n")
-                file.flush()
+                measured.add(folder, row)
                 told = f"{figures['ms']:.4g} ms" if "ms" in figures else figures.get("reason", "measured")
                 print(f"{cell.name}: {told}", flush=True)

@@ -105,6 +105,15 @@ RESULTS_BY_NAME: dict[str, Result] = {
         "reading and writing text with the 1.5B models: decode against the bytes it moves, prefill, table 7",
         "generation_latency", (), "generation_latency", "not for CPUs", "10 min", ("--smoke",),
     ),
+    "training_throughput": Result(
+        "training whole 1.5B models: tokens/s, MFU, memory, rows up to 65,536 tokens, losses in bfloat16 kernels",
+        "training_throughput", (), "training_throughput", "not for CPUs", "7 min", ("--smoke",),
+    ),
+    "data_throughput": Result(
+        "the data pipeline's tokens/s against the training rate",
+        "data_throughput", (), "data_throughput", "1 min", "1 min",
+        ("--tokens=20000", "--context=64", "--batch_size=2", "--workers=[0]", "--batches=4", "--training_steps=0"),
+    ),
     "conversion": Result(
         "time and memory of converting a released 1.5B checkpoint, there and back",
         "conversion", (), "conversion", "6 min", "6 min", ("--smoke", "--forms=[torch]"),

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import kernel_latency, kernel_programs
+from experiments import kernel_latency, kernel_programs, measured
 from experiments.kernel_latency import SMOKE, Config
 from experiments.kernel_programs import Cell, Shape, arrays, cells, counts, flops
 from mamba3_jax.ops import ssm
@@ -157,7 +157,7 @@ def test_what_cannot_be_measured_is_said_and_what_failed_is_tried_again(tmp_path
 
 def test_rows_of_other_code_or_settings_are_measured_again(tmp_path):
     """Settings are what a figure depends on; which cells there are is none of them."""
-    identity = functools.partial(kernel_latency.identity, folders=kernel_latency.CODE)
+    identity = functools.partial(measured.identity, folders=kernel_latency.CODE)
     assert identity(TINY) == identity(dataclasses.replace(TINY, lengths=(32,)))
     assert identity(TINY) != identity(dataclasses.replace(TINY, repeats=3))
     assert run(tmp_path, "--only=ceiling,copy,*") == 0

@@ -39,11 +39,15 @@ def ssm(ops: Operands, h0: jax.Array, tiling: Tiling, segments: int, blocks: Blo
     return _forward(ops, h0, tiling, segments, blocks)[0]
 
 
+# Jitted, so that the layers of a model that is not scanned share what JAX makes of the kernels: they are traced and
+# lowered once a shape, which takes longer than all the rest of a layer.
+@functools.partial(jax.jit, static_argnums=(2, 3, 4))
 def _forward(ops, h0, tiling, segments, blocks):
     run = _Sharded(forward, (_axes(ops), _STATE), (_Y, _STATE), ops, tiling, segments, blocks)
     return run(ops, h0), (ops, h0)
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _backward(tiling, segments, blocks, saved, grads):
     ops, h0 = saved
     axes = _axes(ops)

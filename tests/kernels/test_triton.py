@@ -310,6 +310,18 @@ def test_lowers_for_gpus(device, capability, kwargs):
     assert names == {"ssm_states", "ssm_outputs", "ssm_adjoints"} | gradients
 
 
+def test_layers_of_one_shape_share_their_kernels():
+    """Traced and lowered once, however many there are: it is most of what JAX does before the compiler."""
+    shapes = jax.eval_shape(lambda: split_static(make(64, h=2, p=64, n=64, s=16))[0])
+    mesh = AbstractMesh((), (), abstract_device=AbstractDevice("NVIDIA H100 80GB HBM3", num_cores=None, platform="gpu"))
+    with pytest.MonkeyPatch.context() as patch, jax.sharding.use_abstract_mesh(mesh), warnings.catch_warnings():
+        patch.setattr(api, "_platform", lambda: "cuda")
+        warnings.filterwarnings("ignore", "The Pallas Triton backend is deprecated", DeprecationWarning)
+        two = jax.jit(lambda a: ssm(**(a | dict(x=ssm(**a)[0])))[0])
+        text = two.trace(shapes).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count('name = "ssm_outputs"') == 1
+
+
 ERRORS = {
     "head dim": (dict(p=8), "x: got head dim p=8", "16, 32, 64, 128"),
     "state size": (dict(n=16, s=4), "B: got state size n=16", "32, 64, 128, 256"),
