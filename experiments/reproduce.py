@@ -120,7 +120,7 @@ RESULTS_BY_NAME: dict[str, Result] = {
     ),
     "pod_compile": Result(
         "the 1.5B models' training step compiled for TPU pods: memory per chip, compile time, collectives",
-        "pod_compile", (), "pod_compile", "2 h", "2 h", ("--smoke",),
+        "pod_compile", (), "pod_compile", "hours", "hours", ("--smoke",),
     ),
     "sweep_throughput": Result(
         "training many runs at once against a loop of single runs",

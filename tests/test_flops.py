@@ -83,4 +83,6 @@ def test_the_compiler_counts_as_many(name):
 
 def test_peaks():
     assert peak_flops("NVIDIA H100 80GB HBM3") == 989.4e12
+    # Of one device: JAX counts the two cores of a chip.
+    assert peak_flops("TPU7x") == 2307e12 / 2
     assert peak_flops("cpu") is None

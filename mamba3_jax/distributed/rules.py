@@ -2,8 +2,8 @@
 
 An axis of a size that its mesh axes do not divide is cut by the last ones of them that do, or stays whole. Norms, most
 biases and convolutions stay whole, because they are small. Parts of a matrix that a layer splits along its channels
-straddle any cut of them, so that such a matrix (`in_proj`, `fc1`, ...) is cut along its input, for storage alone; the
-layer gathers its parts and says how each is cut.
+straddle any cut of them. So the matrices of Mamba-3 and of the MLP that are split are cut along their input, for
+storage alone, and their layers exchange the parts (`exchanged`); those of the baselines are cut along fsdp only.
 """
 
 import math
@@ -31,9 +31,9 @@ PARAMETERS: dict[str, tuple[str | None, ...]] = {
     "embedding": ("vocab", "embed"),
     "head": ("vocab", "embed"),
     "in_proj.kernel": ("storage", None),
-    "xBC_proj.kernel": ("storage", None),
-    "qkv_proj.kernel": ("storage", None),
-    "rate_proj.kernel": ("storage", None),
+    "xBC_proj.kernel": ("embed", None),
+    "qkv_proj.kernel": ("embed", None),
+    "rate_proj.kernel": ("embed", None),
     "z_proj.kernel": ("embed", "heads"),
     "dt_proj.kernel": ("embed", "heads"),
     "out_proj.kernel": ("heads", "embed"),
