@@ -40,8 +40,10 @@ from pallas.tpu.cost_model import Sizes
 ROOT = Path(__file__).resolve().parent.parent
 COUNTED = ("experiments/tpu_programs.py", "experiments/tpu_hlo.py")
 OPERATOR = tuple(f"mamba3_jax/ops/{name}.py" for name in ("chunked", "discretization", "inputs", "output", "rotation"))
+KERNELS = ("operands", "tiles", "forward", "backward", "vjp", "decode", "block_sizes")
+KERNELS = ("mamba3_jax/ops/tpu.py", "mamba3_jax/ops/prepass.py", *(f"pallas/tpu/{name}.py" for name in KERNELS))
 # What a row of each implementation depends on.
-CODE = {"peer": COUNTED, "chunked": COUNTED + OPERATOR, "tpu": (*COUNTED, "mamba3_jax/ops", "pallas/tpu")}
+CODE = {"peer": COUNTED, "chunked": COUNTED + OPERATOR, "tpu": COUNTED + KERNELS}
 WHAT = {"forward": "forward", "forward_backward": "forward + backward", "decode": "decode step"}
 
 
@@ -150,9 +152,7 @@ def identity(implementation: str) -> dict:
     """What must be the same for a row to stand."""
     code = hashlib.sha256()
     for name in CODE[implementation]:
-        path = ROOT / name
-        for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
-            code.update(file.read_bytes())
+        code.update((ROOT / name).read_bytes())
     return dict(jax=jax.__version__, libtpu=importlib.metadata.version("libtpu"), code=code.hexdigest()[:12])
 
 

@@ -186,9 +186,11 @@ def schedule(chip: str, what: str, r: int) -> dict[str, int]:
     found = {}
     for path in sorted(folder.glob("*ssm_tpu_*final_bundles.txt")):
         if "schedule" not in path.name:
-            # A bundle's line says after its address how many loops it is in; the grid is the outermost one.
-            loops = re.findall(r"^ *0x[0-9a-f]+\s*:[^>{]*(>+) *\{", path.read_text(), re.MULTILINE)
-            found[re.search(r"ssm_tpu_[a-z]+", path.name)[0]] = len(loops)
+            # A line of a bundle has a mark for every loop around it: the grid, and in a decode step one over rows.
+            # The compiler for v4 makes no marks; there all bundles count, those before and after the loops as well.
+            loops = re.findall(r"^ *(?:0x[0-9a-f]+)?[^>{:]*:[^>{]*(>*) *\{", path.read_text(), re.MULTILINE)
+            innermost = [marks for marks in loops if len(marks) >= (2 if what == "decode" else 1)] or loops
+            found[re.search(r"ssm_tpu_[a-z]+", path.name)[0]] = len(innermost)
     return found
 
 
