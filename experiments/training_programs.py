@@ -8,20 +8,19 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from experiments.sweep import memory_available
-from mamba3_jax.data.pipeline import TokenBatch, batches, open_data
+from mamba3_jax.data.pipeline import DataConfig, TokenBatch, batches, open_data
+from mamba3_jax.distributed.mesh import MeshConfig, make_mesh
 from mamba3_jax.layers import AttentionConfig, Mamba2Config, Mamba3Config, MixerConfig
-from mamba3_jax.models import LM, LMConfig, abstract_model
+from mamba3_jax.models import LMConfig, abstract_model
 from mamba3_jax.models.lm import count_parameters
 from mamba3_jax.models.presets import LLAMA3_VOCAB_SIZE, MIMO_RANK, SIZES
 from mamba3_jax.training.config import TrainConfig
 from mamba3_jax.training.flops import train_flops
 from mamba3_jax.training.optimizer import PretrainingOptimizerConfig
-from mamba3_jax.training.state import TrainState, abstract_state, init_state, place, shardings
+from mamba3_jax.training.state import Placement, TrainState, abstract_batch, abstract_state, init_state
 from mamba3_jax.training.step import StepConfig, compile_train_step
 
 MODELS = ("siso", "mimo", "mamba2", "transformer")
@@ -61,9 +60,10 @@ class Plan(NamedTuple):
 
 
 class Prepared(NamedTuple):
-    """A compiled step, what it does, and the bytes of its arguments, outputs and temporaries."""
+    """A compiled step, where its rows go, what it does, and the bytes of its arguments, outputs and temporaries."""
 
     run: jax.stages.Compiled
+    place: Placement
     step: StepConfig
     plan: Plan
     implementation: str
@@ -130,31 +130,28 @@ def prepare(cell: Cell) -> Prepared:
 def compiled(step: StepConfig, plan: Plan, b: int, t: int) -> Prepared:
     """A step of b rows of t tokens, without arrays."""
     began = time.perf_counter()
-    batch = TokenBatch(*(jax.ShapeDtypeStruct((b, t), dtype) for dtype in (*3 * (jnp.int32,), jnp.bool_)))
-    lowered = compile_train_step(step).lower(abstract_state(step.model, step.optimizer), batch)
+    mesh, rows = make_mesh(MeshConfig()), DataConfig(context=t, batch_size=b)
+    state = abstract_state(step.model, step.optimizer, mesh)
+    lowered = compile_train_step(step, mesh).lower(state, abstract_batch(rows, mesh))
     run = lowered.compile()
     seconds = time.perf_counter() - began
     m = run.memory_analysis()
     peak = m.argument_size_in_bytes + m.output_size_in_bytes + m.temp_size_in_bytes - m.alias_size_in_bytes
     chosen = "xla" if isinstance(step.model.mixer, AttentionConfig) else "chunked"
     implementation = "triton" if KERNEL in lowered.as_text() else chosen
-    return Prepared(run, step, plan, implementation, peak, seconds)
+    return Prepared(run, Placement(rows, mesh), step, plan, implementation, peak, seconds)
 
 
 def start(step: StepConfig, seed: int | None = None) -> TrainState:
     """A new run's state; without a seed its weights are drawn by a generator that compiles fast."""
-    drawn = None
-    if seed is None:
-        key = jax.random.key(0, impl="rbg")
-        drawn = jax.jit(lambda: nnx.state(LM(step.model, rngs=nnx.Rngs(params=key)), nnx.Param))()
-    return init_state(step.model, step.optimizer, seed=seed or 0, parameters=drawn)
+    with jax.default_prng_impl("rbg" if seed is None else "threefry2x32"):
+        return init_state(step.model, step.optimizer, make_mesh(MeshConfig()), seed=seed or 0)
 
 
 def steps(prepared: Prepared, state: TrainState, rows: Iterator[TokenBatch]) -> Iterator[float]:
     """The loss of each step, which has ended when it is given."""
-    where = shardings(prepared.step.model, prepared.step.optimizer).batch
     for batch in rows:
-        state, metrics = prepared.run(state, place(batch, where))
+        state, metrics = prepared.run(state, prepared.place(batch))
         yield float(metrics.loss)
 
 
@@ -198,10 +195,7 @@ def random_batch(b: int, t: int, vocab_size: int) -> TokenBatch:
 def losses(training: TrainConfig) -> dict:
     """A run's loss at every step, with its seed and data, and how a step was taken."""
     data = open_data(training.data)
-    step = StepConfig(
-        training.model.lm(data.vocab_size), training.optimizer, training.steps, training.accumulation, training.remat,
-        training.z_loss, training.loss_chunk,
-    )  # fmt: skip
+    step = StepConfig.of(training, training.model.lm(data.vocab_size))
     b, t = training.data.batch_size, training.data.context
     with jax.default_matmul_precision("highest" if step.model.dtype == "float32" else "default"):
         prepared = compiled(step, Plan(b, training.remat), b, t)

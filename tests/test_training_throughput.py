@@ -106,7 +106,7 @@ def test_a_cell_is_measured_once_and_one_that_fails_again(tmp_path, monkeypatch)
 
 def test_a_step_that_fits_nowhere_says_what_each_way_needs(monkeypatch):
     cell = Cell("widths", "siso", TINY, 1, 16, 2048)
-    prepared = Prepared(None, None, None, "chunked", 2 * 10**9, 1.0)
+    prepared = Prepared(None, None, None, None, "chunked", 2 * 10**9, 1.0)
     monkeypatch.setattr(training_programs, "compiled", lambda step, plan, b, t: prepared._replace(step=step, plan=plan))
     assert training_programs.prepare(cell).plan == Plan(8, "none")
     monkeypatch.setattr(training_programs, "memory_available", lambda: 10**9)
