@@ -69,8 +69,8 @@ def constrain(x: Shaped[Array, "*shape"], *axes: str | None) -> Shaped[Array, "*
     return x if mesh is None else jax.lax.with_sharding_constraint(x, _dividing(mesh, axes, x.shape))
 
 
-def exchanged(part: Float[Array, "d *channels"], axis: str) -> Float[Array, "d *channels"]:
-    """Some channels of a matrix that is cut for storage, as they are used: whole along d, the last axis cut.
+def exchanged(part: Float[Array, "*shape"], axis: str) -> Float[Array, "*shape"]:
+    """Some channels (d, ..., channels) of a matrix that is cut for storage, as they are used: d whole, channels cut.
 
     In two steps, which the compiler does not find by itself: d is gathered along fsdp, then exchanged along tensor.
     """

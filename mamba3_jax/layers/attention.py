@@ -18,7 +18,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from mamba3_jax.checks import check_array, check_choice, check_rank, check_segment_ids
-from mamba3_jax.distributed.rules import constrain
+from mamba3_jax.distributed.rules import constrain, cutting_mesh, ways
 from mamba3_jax.layers.conv import CausalConv, check_tail
 from mamba3_jax.layers.parameters import linear
 from mamba3_jax.ops import rope_frequencies
@@ -26,7 +26,7 @@ from mamba3_jax.ops.discretization import document_starts
 from mamba3_jax.ops.rotation import rotate
 
 AttentionRotation = Literal["rope", "none"]
-# Scores of one call of the softmax at most, of all heads: 1 GiB in float32.
+# Scores of one call of the softmax at most, of all heads of a device: 1 GiB in float32.
 SCORES = 2**28
 
 
@@ -245,7 +245,9 @@ def _attend(
         mask = (slots >= first[..., None]) & (slots <= own[..., None])
         return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None])
 
-    at_once = max(1, SCORES // (b * h * k.shape[1]))
+    mesh = cutting_mesh()
+    devices = 1 if mesh is None else ways(mesh, "batch") * ways(mesh, "heads")
+    at_once = max(1, devices * SCORES // (b * h * k.shape[1]))
     if at_once >= t:
         return some((q, own, first))
 
