@@ -128,7 +128,8 @@ def table(config: Config) -> str:
         *lines,
         "",
         "HBM, MXU, VPU, EUP: each if it were always busy. Predicted: HBM, or the busiest of the others times what the",
-        f"compiler's schedule needs over it ({inflation}). Bytes of chunked XLA were counted in its compiled program.",
+        f"compiler's schedule needs over it ({inflation}). The bytes of chunked XLA were counted in its",
+        "compiled program, and its factor, on all units, is XLA's own estimate of that program's cycles.",
     ])  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from mamba3_jax.cli import main
 from mamba3_jax.ops import SSMState, api, ssm
 from mamba3_jax.ops.decode import decode
 from pallas.tpu import cost_model
+from pallas.tpu.block_sizes import default_block_sizes
 from pallas.tpu.chips import CHIPS, chip_of
 from pallas.tpu.cost_model import Sizes, predict
 
@@ -101,6 +102,16 @@ def test_a_prediction_is_no_faster_than_any_unit_and_names_the_one_that_binds():
         for prediction in (step, both):
             assert prediction.seconds >= max(prediction.units.values()) == prediction.units[prediction.binds]
     assert predict(cost_model.decode(LAYER._replace(b=128), V5E), "decode", LAYER, V5E).binds == "HBM"
+
+
+@pytest.mark.parametrize("r", [1, 4])
+def test_the_default_chunk_is_as_fast_as_any_by_the_model(r):
+    sizes = LAYER._replace(r=r)
+    shape = {name: getattr(sizes, name) for name in "hpngrs"}
+    for chip in CHIPS.values():
+        default = default_block_sizes(shape, jnp.bfloat16, chip.device_kinds[0]).chunk
+        best = min(cost_model.train_seconds(sizes, chip, chunk) for chunk in (128, 256, 512))
+        assert cost_model.train_seconds(sizes, chip, default) <= 1.02 * best
 
 
 @pytest.mark.parametrize("kind, name", [("TPU v5 lite", "v5e"), ("TPU v5", "v5p"), ("TPU7x", "tpu7x"), ("v4", "v4")])

@@ -42,8 +42,8 @@ def decode(
     The state keeps its dtypes (ssm, k and v float32 or bfloat16) and is updated in place where the caller donates it.
 
     Raises:
-        NotImplementedError: float64; "triton": p or n not a power of two, or a rank other than 1, 2, 4, 8; "tpu": n not
-            a multiple of 128.
+        NotImplementedError: float64; "triton": p or n not a power of two, or a rank other than 1, 2, 4, 8; "tpu": heads
+            whose states are too large for VMEM.
     """
     turns = rotation != "none"
     token = Token(

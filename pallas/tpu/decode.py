@@ -35,6 +35,8 @@ TWO_PI_LOW = TWO_PI - TWO_PI_HIGH
 HEADS = 8
 # Of the state in one block: a transfer of this size takes 1 to 2 us, several times what starting it does.
 BLOCK_BYTES = 2**20
+# The least block of states is in VMEM four times, of which the compiler gives a kernel 16 MiB on every chip.
+MAX_BLOCK_BYTES = 3 * 2**20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -289,6 +291,11 @@ def decode_step(
     g = token.B.shape[2]
     check_dtypes(state, token, weights)
     blocks = block_sizes or default_block_sizes(b, h, g, p, n, state.ssm.dtype.itemsize)
+    if (needed := blocks.heads * p * n * state.ssm.dtype.itemsize) > MAX_BLOCK_BYTES:
+        raise NotImplementedError(
+            f"state.ssm: got {needed} bytes of {blocks.heads} heads that share a block (8, or all where groups are not "
+            f"of a multiple of 8); allowed in the tpu decode kernel: at most {MAX_BLOCK_BYTES}"
+        )
     clock = jnp.ones((b, h), jnp.float32) if token.clock is None else token.clock
     coefficients = (token.log_decay, token.carry, token.gamma, clock)
 

@@ -9,7 +9,7 @@ import pytest
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call  # what a run found has no public name
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels.test_decode import TOLERANCE, VARIANTS, assert_close, error, stepper
+from kernels.test_decode import TOLERANCE, VARIANTS, assert_close, error, stepper, token
 from mamba3_jax.ops import ssm_step
 from mamba3_jax.ops.decode import decode
 from pallas.tpu.decode import default_block_sizes
@@ -65,6 +65,12 @@ def test_block_sizes_divide_rows_and_heads_that_share_projections():
         blocks = default_block_sizes(b, h, g, 64, 128, 4)
         assert b % blocks.rows == 0 and blocks.heads in (8, h)
         assert blocks.heads == h or h // g % blocks.heads == 0
+
+
+def test_states_that_do_not_fit_are_named():
+    args = make(1, b=1, h=12, p=64, n=2048, s=512)
+    with pytest.raises(NotImplementedError, match=r"state.ssm: got 6291456 bytes of 12 heads .*; allowed .* 3145728"):
+        jax.eval_shape(lambda: tpu_step(**token(args), state=random_state(args)))
 
 
 def test_cosine_of_any_turn():
