@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from mamba3_jax import bench_command
+
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
@@ -47,6 +49,23 @@ def test_table_5b_is_the_committed_one():
     assert len(ours) == 4
     for name, *cells in ours:
         assert cells == ["-" if "not run" in cell else cell for cell in committed[name]]
+
+
+def test_bytes_of_the_tpu_kernels_are_the_committed_ones():
+    report = _committed("results/tpu_compile/report.md")
+    names = {"Pallas TPU kernels": "ours, Pallas", "chunked XLA": "ours, chunked XLA"}
+    for ours in (*names, "mamba3-siso-tpu"):
+        name = names.get(ours, ours)
+        forward, both, temporaries = re.search(rf"\| {ours} \| ([\d.]+) \| ([\d.]+) \| (\d+) \|", README).groups()
+        row = rf"\| v5e \| b=8 t=2048 h=64 .*? \| {{}} \| {name} \| {{}} \| [\d.]+ \| {{}} \|"
+        assert re.search(row.format("forward", forward, r"\d+"), report)
+        assert re.search(row.format(r"forward \+ backward", both, temporaries), report)
+
+
+def test_predictions_of_the_tpu_kernels_are_the_cost_models():
+    rows = bench_command.rows(bench_command.Config())
+    forward, both = (1e3 * sum(p.seconds for *_, p in rows[name]) for name in ("forward", "forward + backward"))
+    assert f"{forward:.1f} ms\nforward and {both:.1f} ms forward and backward at b=8 t=8192 h=32" in README
 
 
 def test_decode_times_are_the_committed_ones():

@@ -136,6 +136,17 @@ def test_none_picks_the_predicted_faster_form_and_says_why(tpu, monkeypatch, cap
     assert "implementation 'chunked' for sequences (predicted 0 ms forward and backward" in chunked
 
 
+def test_none_falls_back_where_no_chunk_fits(tpu, monkeypatch, caplog):
+    """Rank 4 in float32 on a v4, whose VMEM is an eighth of a v5e's."""
+    monkeypatch.setattr("mamba3_jax.ops.tpu.device_kind", lambda: "TPU v4")
+    a = {name: jax.ShapeDtypeStruct(u.shape, jnp.float32) for name, u in layer("mimo", 4).items()}
+    with caplog.at_level("INFO", logger="mamba3_jax.ops.api"):
+        api._log_choice.cache_clear()
+        jax.eval_shape(lambda a: ssm(**a), a)
+    (record,) = caplog.records
+    assert "implementation 'chunked' for sequences (chunk: got 128, which needs" in record.getMessage()
+
+
 def test_bench_prints_predictions_beside_the_peer(capsys):
     assert main(["bench", "--cost_model", "tpu", "--chip", "v5e"]) == 0
     text = capsys.readouterr().out

@@ -35,13 +35,16 @@ def refusal(x: Array, B: Array, C: Array, omega: Array | None, z: Array | None) 
 
 
 def slower_than_chunked(sizes: Sizes) -> str | None:
-    """Why plain XLA is predicted to train faster than the kernels on the TPU at hand; None where it is not."""
+    """Why plain XLA is predicted to train faster than the kernels on the TPU at hand, or must, because they do not fit
+    its VMEM; None where it is not."""
+    dtype = jnp.bfloat16 if sizes.itemsize == 2 else jnp.float32
+    shape = {name: getattr(sizes, name) for name in "hpngrs"}
     try:
         chip = chip_of(device_kind())
-    except ValueError as unknown:
-        return str(unknown)
-    dtype = jnp.bfloat16 if sizes.itemsize == 2 else jnp.float32
-    blocks = default_block_sizes({name: getattr(sizes, name) for name in "thpngrs"}, dtype, device_kind())
+        blocks = default_block_sizes(shape, dtype, device_kind())
+        tiling_of(shape, dtype, blocks, device_kind())
+    except ValueError as reason:
+        return str(reason)
     kernels = train_seconds(sizes, chip, blocks.chunk)
     chunked = chunked_seconds(sizes, chip, default_chunk_size("tpu", sizes.r))
     if kernels <= chunked:

@@ -10,11 +10,14 @@ from pallas.tpu.block_sizes import BlockSizes, default_block_sizes, tiling_of, v
 from pallas.tpu.chips import CHIPS
 
 LAYER = Shape(b=1, t=256, h=4)
-X = LAYER.b * LAYER.t * LAYER.h * LAYER.p
 
 pytestmark = pytest.mark.skipif(
     tpu_programs.libtpu_missing() is not None, reason=str(tpu_programs.libtpu_missing())
 )
+
+
+def large(shape: Shape) -> int:
+    return shape.b * shape.t * shape.h * shape.p
 
 
 def sizes(shape: Shape, r: int) -> dict[str, int]:
@@ -23,11 +26,12 @@ def sizes(shape: Shape, r: int) -> dict[str, int]:
 
 def assert_layer_compiles(chip: str, r: int):
     """Both kernels, in no more VMEM than was said to be needed, and nothing as large as x copied or transposed."""
-    compiled = tpu_programs.compile_for(chip, *tpu_programs.sequences("tpu", "forward_backward", LAYER, r), X)
-    kind = CHIPS[chip].device_kinds[0]
-    blocks = default_block_sizes(sizes(LAYER, r), jnp.bfloat16, kind)
+    shape = LAYER._replace(h=4 * r)  # so that x is larger than the B of all ranks, which is transposed
+    program = tpu_programs.sequences("tpu", "forward_backward", shape, r)
+    compiled = tpu_programs.compile_for(chip, *program, large(shape))
+    blocks = default_block_sizes(sizes(shape, r), jnp.bfloat16, CHIPS[chip].device_kinds[0])
     assert set(compiled.vmem) == {"ssm_tpu_forward", "ssm_tpu_backward"}
-    needed = vmem_bytes(sizes(LAYER, r), jnp.bfloat16, blocks)
+    needed = vmem_bytes(sizes(shape, r), jnp.bfloat16, blocks)
     assert 0 < max(compiled.vmem.values()) <= needed <= CHIPS[chip].vmem_bytes
     assert not compiled.moves
 
@@ -56,7 +60,7 @@ def test_decode_step_compiles_with_its_state_in_place(chip, r):
 def test_none_picks_the_kernels_where_a_mesh_names_tpus():
     """What is compiled for a topology, with nothing said of the implementation."""
     function, arguments = tpu_programs.sequences(None, "forward", LAYER, 1)
-    assert set(tpu_programs.compile_for("v5e", function, arguments, X).vmem) == {"ssm_tpu_forward"}
+    assert set(tpu_programs.compile_for("v5e", function, arguments, large(LAYER)).vmem) == {"ssm_tpu_forward"}
 
 
 def test_a_chunk_that_does_not_fit_is_named_with_one_that_does():
@@ -86,4 +90,4 @@ def test_the_compiler_agrees_that_it_does_not_fit():
         patch.setattr("pallas.tpu.block_sizes.vmem_bytes", lambda *_: CHIPS["v4"].vmem_bytes)
         function, arguments = tpu_programs.sequences("tpu", "forward", LAYER._replace(t=2048), 1)
         with pytest.raises(jax.errors.JaxRuntimeError, match="(?i)vmem"):
-            tpu_programs.compile_for("v4", function, arguments, X)
+            tpu_programs.compile_for("v4", function, arguments, large(LAYER))
