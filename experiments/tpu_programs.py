@@ -13,11 +13,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from experiments.kernel_programs import Shape, apply, arrays
 from experiments.tpu_hlo import Program
+from mamba3_jax.distributed.compile_command import ENVIRONMENT
+from mamba3_jax.distributed.topology import topology_devices
 from mamba3_jax.ops import SSMState, ssm_step
 from mamba3_jax.ops.decode import decode
 from pallas.tpu.block_sizes import BlockSizes, default_block_sizes
@@ -38,12 +39,9 @@ def libtpu_missing() -> str | None:
 
 def device(chip: str) -> jax.Device:
     """One device that can be compiled for, not run on."""
-    # No metadata server to ask, and several processes at once may load the compiler.
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    # Otherwise libtpu takes the cores of a v4 for devices, which programs on v4 never do.
-    options = dict(chip_config_name="megacore") if chip == "v4" else {}
-    return topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[chip], **options).devices[0]
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    return topology_devices(TOPOLOGIES[chip])[0]
 
 
 class Compiled(NamedTuple):
