@@ -136,6 +136,34 @@ def test_none_picks_the_predicted_faster_form_and_says_why(tpu, monkeypatch, cap
     assert "implementation 'chunked' for sequences (predicted 0 ms forward and backward" in chunked
 
 
+@pytest.mark.parametrize("names, cut", [((), ()), (("a", "b"), ()), (("a", "b"), ("a",)), (("a", "b"), ("a", "b"))])
+def test_none_leaves_to_xla_what_may_lie_on_several_devices(names, cut, monkeypatch, caplog):
+    """Without a mesh, with one that is not this library's, and in a shard_map over some or all of its axes."""
+    monkeypatch.setattr(api, "_platform", lambda: "tpu")
+    monkeypatch.setattr("mamba3_jax.ops.tpu.device_kind", lambda: "TPU v5 lite")
+
+    def call(a):
+        return ssm(**a)[0]
+
+    if names:
+        mesh = jax.make_mesh((2, 2), names, axis_types=(jax.sharding.AxisType.Auto,) * 2)
+        whole = jax.sharding.PartitionSpec()
+        call = jax.shard_map(call, mesh=mesh, in_specs=whole, out_specs=whole, check_vma=False, axis_names={*cut})
+    a = layer("siso", 1)
+    with caplog.at_level("INFO", logger="mamba3_jax.ops.api"), monkeypatch.context() as patch:
+        patch.setattr(api, "tpu", lambda inputs, state, **_: (inputs.x, state))
+        api._log_choice.cache_clear()
+        if not names or cut:
+            jax.eval_shape(call, a)
+        else:
+            with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+                jax.eval_shape(lambda a: ssm(**a)[0], a)
+    (record,) = caplog.records
+    assert ("implementation 'tpu'" in record.getMessage()) == (cut == names != ())
+    devices = {(): 4, ("a",): 2}.get(cut)
+    assert devices is None or f"{devices} devices, among which" in record.getMessage()
+
+
 def test_none_falls_back_where_no_chunk_fits(tpu, monkeypatch, caplog):
     """Rank 4 in float32 on a v4, whose VMEM is an eighth of a v5e's."""
     monkeypatch.setattr("mamba3_jax.ops.tpu.device_kind", lambda: "TPU v4")

@@ -15,6 +15,7 @@ What it computes is in discretization.py (time steps), rotation.py (angles), rec
 
 import functools
 import logging
+import math
 from collections.abc import Callable
 from typing import Literal, NamedTuple, get_args
 
@@ -260,10 +261,12 @@ def _step_kernel() -> str | None:
 
 
 def _spread() -> str | None:
-    """Why arrays may lie on several devices in a way that a kernel is not told: XLA cuts no kernel by itself."""
-    if jax.device_count() == 1 or jax.sharding.get_abstract_mesh().manual_axes:
-        return None
-    return f"{jax.device_count()} devices and no ambient mesh of this library's"
+    """Why arrays may lie on several devices without a kernel being told how: XLA cuts no kernel by itself."""
+    mesh = jax.sharding.get_abstract_mesh()
+    named = mesh.axis_names or mesh.abstract_device
+    uncut = [size for axis, size in mesh.shape.items() if axis not in mesh.manual_axes]
+    devices = math.prod(uncut) if named else jax.device_count()
+    return None if devices == 1 else f"{devices} devices, among which only a mesh of mamba3_jax.distributed cuts kernels"
 
 
 def _check_device(kernel: str) -> None:

@@ -343,7 +343,7 @@ def test_an_explicit_choice_names_what_does_not_fit_and_none_falls_back(case, ca
     message = str(caught.value)
     assert message.startswith(got) and "; allowed in the triton kernels" in message and allowed in message
     assert [r.getMessage() for r in caplog.records] == [
-        f"ssm on cpu: implementation 'chunked' for sequences ({message})"
+        f"ssm on cuda: implementation 'chunked' for sequences ({message})"
     ]
 
 
@@ -385,7 +385,7 @@ def test_what_a_gpu_picks(caplog):
         with pytest.raises(ValueError, match="initial_state.ssm: got shape"):
             step_of(cut(args, 0, 1), state=random_state(odd), implementation="triton")
     assert [a.dtype for a in new] == [jnp.float32] + [jnp.bfloat16] * 3
-    prefix = "ssm on cpu: implementation"
+    prefix = "ssm on cuda: implementation"
     assert [r.getMessage().removeprefix(prefix) for r in caplog.records[:3]] == [
         " 'triton' for sequences",
         " 'recurrent' for one token",
