@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -28,13 +29,14 @@ from mamba3_jax.distributed.mesh import MeshConfig, make_mesh
 from mamba3_jax.layers import AttentionConfig, GatedDeltaNetConfig, Mamba2Config, Mamba3Config, Undecayed
 from mamba3_jax.models import LM, LMConfig
 from mamba3_jax.models.checkpoint import load_model, read_config, save_model
+from mamba3_jax.training import train_command
 from mamba3_jax.training.config import TrainConfig
 from mamba3_jax.training.loop import Run
 from mamba3_jax.training.optimizer import PretrainingOptimizerConfig, learning_rate
 from mamba3_jax.training.run_directory import RunDirectory
 from mamba3_jax.training.state import TrainState, init_state
 from mamba3_jax.training.step import StepConfig, compile_train_step
-from mamba3_jax.training.train_command import main
+from mamba3_jax.training.train_command import _open, main
 from test_tensorboard import scalars
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -301,6 +303,32 @@ def test_init_from_starts_from_the_weights_of_another_run(finished, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, weights(path), before)
 
 
+def test_a_run_that_ended_before_its_first_checkpoint_still_starts_from_init_from(finished, tmp_path):
+    path = tmp_path / "run"
+    start = ["--config", str(finished / "config.yaml"), f"--run_dir={path}", f"--init_from={finished}"]
+    config = parse("train", TrainConfig, start)
+    RunDirectory(path, config.text).close()
+    run = _open(config)
+    got = [np.asarray(leaf) for leaf in jax.tree.leaves(run.state.parameters)]
+    run.close()
+    jax.tree.map(np.testing.assert_array_equal, got, weights(finished))
+
+
+def test_other_data_are_refused_and_the_metrics_stay(finished, tmp_path, monkeypatch, capsys):
+    """Also those of the steps after the checkpoint."""
+    path = tmp_path / "run"
+    shutil.copytree(finished, path)
+    shutil.rmtree(path / "checkpoints/10")
+    before = (path / "metrics.jsonl").read_bytes()
+    other = dataclasses.replace(open_data(DataConfig(context=32, batch_size=4)), checksum="other")
+    monkeypatch.setattr(train_command, "open_data", lambda config: other)
+    with pytest.raises(SystemExit):
+        main(["--config", str(path / "config.yaml"), f"--run_dir={path}"])
+    err = capsys.readouterr().err
+    assert err.startswith("data.path: got None (state: got") and err.count("\n") == 1
+    assert (path / "metrics.jsonl").read_bytes() == before
+
+
 @pytest.mark.parametrize(
     "option, message",
     [
@@ -315,6 +343,8 @@ def test_init_from_starts_from_the_weights_of_another_run(finished, tmp_path):
         ("--model.mamba2.d_model=32", "allowed: options of one of mamba3, mamba2, gated_deltanet, attention"),
         ("--model.mamba3.d_state=15", "d_state: got 15; allowed: an even size"),
         ("--optimizer.schedule=linear", "cosine"),
+        ("--model.mamba3.implementation=triton", "implementation: got 'triton' on a machine with cpu devices"),
+        ("--run_dir=gs://bucket/run", "run_dir: got gs://bucket/run; allowed: a folder of a mounted file system"),
         ("--z_loss=-1", "z_loss: got -1.0; allowed: a number >= 0"),
     ],
 )

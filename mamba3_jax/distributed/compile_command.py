@@ -41,11 +41,11 @@ def main(argv: list[str]) -> int:
         program = compile_step(config)
         if config.summary is not None:
             Path(config.summary).write_text(json.dumps(program.summary, indent=2) + "\n")
-    except ValueError as error:
+    except (ValueError, NotImplementedError) as error:
         fail(" ".join(str(error).split()))
     except OSError as error:
         fail(f"summary: got {config.summary} ({error.strerror}); allowed: a file that can be written")
     print(render(program))
-    if not program.fits:
+    if program.exhausts_hbm:
         print("\n".join(["to make it smaller, the most useful first:", *advice(config, program)]))
     return int(not program.fits)

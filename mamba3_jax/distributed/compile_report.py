@@ -27,7 +27,9 @@ def render(program: Program) -> str:
         f"at {chip.bf16_flops / 1e12:.4g} TFLOP/s, {program.tokens / program.floor:,.0f} tokens/s in all",
         "memory       of each device:",
     ]
-    if (memory := program.memory) is None:
+    if program.refusal is not None and not program.exhausts_hbm:
+        lines.append(f"  a kernel needs more of its own (vmem, smem) than there is: {program.refusal}")
+    elif (memory := program.memory) is None:
         lines.append(f"  does not fit into {_size(chip.hbm_bytes)}: {program.refusal}")
     else:
         lines += [

@@ -16,6 +16,7 @@ from mamba3_jax.distributed.program import Buffer, Collective, collectives, larg
 from mamba3_jax.distributed.topology import topology_devices
 from mamba3_jax.models import LMConfig, abstract_model
 from mamba3_jax.models.lm import count_parameters
+from mamba3_jax.ops.api import _log_choice
 from mamba3_jax.training.config import TrainConfig
 from mamba3_jax.training.flops import train_flops
 from mamba3_jax.training.state import abstract_batch, abstract_state, check_divides
@@ -67,13 +68,13 @@ class Program:
         model: the model.
         parameters: how many numbers it has.
         mesh: devices along each axis.
-        devices: how many devices all slices have.
+        devices: how many devices the mesh takes of all slices.
         chip: what each of them is.
         implementations: the operator's, as it logged them.
         lowering, compiling: seconds on this machine.
         flops: of a step on one device, as training/flops.py counts.
         memory: None if it does not fit.
-        refusal: why it does not fit, in XLA's words; else None.
+        refusal: why it does not fit, in XLA's words; else None. Of a device's memory, or of a kernel's own.
         collectives: of a step, by kind; none known if it does not fit.
         buffers: the largest ones.
     """
@@ -96,6 +97,11 @@ class Program:
     @property
     def fits(self) -> bool:
         return self.refusal is None
+
+    @property
+    def exhausts_hbm(self) -> bool:
+        """Whether it is a device's memory that is too small, and not that of a kernel."""
+        return self.refusal is not None and "hbm" in self.refusal.lower()
 
     @property
     def tokens(self) -> int:
@@ -130,6 +136,7 @@ def compile_step(config: CompileConfig) -> Program:
 
     Raises:
         ValueError: no such topology, or a mesh that does not divide its devices, the batch or the model. One line.
+        NotImplementedError: an explicit implementation that cannot be on those devices.
     """
     if config.mesh.slices < 1:
         raise ValueError("mesh.slices: got -1; allowed: the number of slices, each of the topology")
@@ -184,10 +191,13 @@ def _choices() -> Iterator[list[str]]:
     log.setLevel(logging.INFO)
     log.propagate = False
     log.addHandler(handler)
-    yield messages
-    log.removeHandler(handler)
-    log.propagate = propagate
-    log.setLevel(level)
+    _log_choice.cache_clear()  # else what was logged before is not logged again
+    try:
+        yield messages
+    finally:
+        log.removeHandler(handler)
+        log.propagate = propagate
+        log.setLevel(level)
 
 
 def _memory(compiled: jax.stages.Compiled) -> Memory:

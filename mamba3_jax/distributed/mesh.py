@@ -87,7 +87,8 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
                 f"mesh: got {config.text}, {used} devices; allowed: all {len(devices)} devices of the processes"
             )
         return Mesh(np.asarray(devices[:used]).reshape(shape), AXES, axis_types=types)
-    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    # XLA gives each host of CPUs or GPUs an index of its own, though any axis may cross hosts.
+    slices = len({getattr(device, "slice_index", 0) if device.platform == "tpu" else 0 for device in devices})
     if slices > 1 and shape[0] != slices:
         raise ValueError(f"mesh.slices: got {shape[0]}; allowed: {slices}, as many as the devices have")
     if slices > 1:

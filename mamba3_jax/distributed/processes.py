@@ -30,7 +30,7 @@ def initialize(cluster: bool = False) -> None:
         cluster: whether JAX looks for the others itself, on a TPU pod or under Slurm, MPI or Kubernetes.
 
     Raises:
-        ValueError: a variable is missing or no number, or there is no cluster.
+        ValueError: a variable is missing or malformed, or there is no cluster.
         RuntimeError: the others do not answer.
     """
     given = {name: os.environ[name] for name in VARIABLES if name in os.environ}
@@ -43,6 +43,9 @@ def initialize(cluster: bool = False) -> None:
     for name in VARIABLES:
         if name not in given:
             raise ValueError(f"{name}: got nothing beside {next(iter(given))}; allowed: all of {', '.join(VARIABLES)}")
+    host, _, port = given[ADDRESS].rpartition(":")
+    if not (host and port.isdecimal()):
+        raise ValueError(f"{ADDRESS}: got {given[ADDRESS]!r}; allowed: host:port, as 10.0.0.1:1234")
     for name in (COUNT, INDEX):
         if not given[name].isdecimal():
             raise ValueError(f"{name}: got {given[name]!r}; allowed: a number")

@@ -77,7 +77,7 @@ class TrainConfig:
     """One training run.
 
     Attributes:
-        run_dir: where it is written; the same directory resumes.
+        run_dir: where it is written, on a mounted file system; the same directory resumes.
         model: the model.
         steps: optimizer steps.
         data: tokens, rows of a step and their length.
@@ -121,6 +121,8 @@ class TrainConfig:
     cluster: bool = False
 
     def __post_init__(self):
+        if "://" in self.run_dir:
+            raise ValueError(f"run_dir: got {self.run_dir}; allowed: a folder of a mounted file system")
         names = ("steps", "accumulation", "loss_chunk", "log_every", "eval_every", "checkpoint_every", "max_nonfinite")
         for name in (*names, *(["eval_batches"] if self.eval_batches is not None else [])):
             if getattr(self, name) < 1:

@@ -58,7 +58,7 @@ class Run:
         directory: RunDirectory,
         parameters: nnx.State | None = None,
     ):
-        self.config, self.data, self.directory = config, data, directory
+        self.config, self.mesh, self.data, self.directory = config, mesh, data, directory
         self.model = config.model.lm(config.model.vocab_size or data.vocab_size)
         step = StepConfig.of(config, self.model)
         self._train_step, self._evaluate = compile_train_step(step, mesh), compile_evaluation(step, mesh)
@@ -67,12 +67,11 @@ class Run:
         # Metrics of the steps since the last line: of the last one perhaps still on the device.
         self._pending: list[dict] = []
         self._in_flight: StepMetrics | None = None
-        restored = directory.restore(abstract_state(self.model, config.optimizer, mesh))
+        restored = directory.restore(abstract_state(self.model, config.optimizer, mesh), self._accept)
         if restored is None:
             self.state = init_state(self.model, config.optimizer, mesh, seed=config.seed, parameters=parameters)
         else:
             self.state, extra = restored
-            self._iterator.set_state(extra["data"])
             self._pending = extra["pending"]
         self.step = self._saved = int(self.state.step)
         self._skipped_in_row = int(self.state.skipped_in_row)
@@ -146,6 +145,15 @@ class Run:
         loss = nll / max(1, count)
         perplexity = math.exp(loss) if loss < 700 else math.inf
         return dict(validation_loss=finite(loss), validation_perplexity=finite(perplexity))
+
+    def _accept(self, extra: dict) -> None:
+        """Continues a checkpoint's data."""
+        try:
+            self._iterator.set_state(extra["data"])
+        except ValueError as error:
+            raise ValueError(
+                f"data.path: got {self.config.data.path} ({error}); allowed: the data that the run began with"
+            ) from error
 
     def _batches(self, split: str) -> BatchIterator:
         return batches(self.data, split, seed=self.config.seed, rows=self._place.rows)

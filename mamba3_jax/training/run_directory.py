@@ -8,6 +8,7 @@ first one everything else.
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -61,10 +62,14 @@ class RunDirectory:
         """The step of the newest checkpoint; None if there is none."""
         return self._checkpoints.latest_step()
 
-    def restore(self, like: Any) -> tuple[Any, dict] | None:
+    def restore(self, like: Any, accept: Callable[[dict], None] | None = None) -> tuple[Any, dict] | None:
         """The newest checkpoint's (arrays, extra), shaped as `like`; None if there is none yet.
 
         Drops the metrics that were written after it.
+
+        Args:
+            like: arrays, or their shapes.
+            accept: called with extra before any metrics are dropped; may raise, and then nothing changes.
 
         Raises:
             ValueError: the checkpoint's arrays are not those of `like`; with the first that differs.
@@ -79,7 +84,10 @@ class RunDirectory:
         restored = self._checkpoints.restore(
             step, args=ocp.args.Composite(arrays=ocp.args.StandardRestore(abstract), extra=ocp.args.JsonRestore())
         )
-        self._truncate_metrics(restored.extra.pop("metrics_lines"))
+        lines = restored.extra.pop("metrics_lines")
+        if accept is not None:
+            accept(restored.extra)
+        self._truncate_metrics(lines)
         return restored.arrays, restored.extra
 
     def save(self, step: int, arrays: Any, extra: dict) -> None:
@@ -120,6 +128,11 @@ class RunDirectory:
     def _truncate_metrics(self, lines: int) -> None:
         kept = (self.path / METRICS).read_text().splitlines(keepends=True)[:lines] if lines else []
         self.write(METRICS, "".join(kept))
+
+
+def has_checkpoint(path: Path) -> bool:
+    """Whether the run directory at `path`, if there is one, can be resumed from a checkpoint."""
+    return (path / CHECKPOINTS).is_dir() and bool(ocp.utils.checkpoint_steps(path / CHECKPOINTS))
 
 
 def check_same_config(path: Path, config: str, option: str = "results_dir") -> None:

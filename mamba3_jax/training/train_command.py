@@ -13,6 +13,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 
 from mamba3_jax.checks import check_shapes
 from mamba3_jax.command import INTERRUPTED, fail, parse
@@ -23,8 +24,9 @@ from mamba3_jax.models import LMConfig, abstract_model
 from mamba3_jax.models.checkpoint import load_model
 from mamba3_jax.training.config import TrainConfig
 from mamba3_jax.training.loop import Run, TrainingStopped, train
-from mamba3_jax.training.run_directory import CONFIG, RunDirectory, check_same_config
-from mamba3_jax.training.state import check_divides
+from mamba3_jax.training.run_directory import CONFIG, RunDirectory, check_same_config, has_checkpoint
+from mamba3_jax.training.state import abstract_batch, abstract_state, check_divides
+from mamba3_jax.training.step import StepConfig, compile_evaluation
 from mamba3_jax.training.tensorboard import check_installed
 
 
@@ -38,6 +40,8 @@ def main(argv: list[str]) -> int:
         fail(" ".join(str(error).split()))
     except OSError as error:
         fail(f"run_dir: got {config.run_dir} ({error.strerror}); allowed: a folder that can be written")
+    if (idle := jax.device_count() - run.mesh.size) and processes.is_first():
+        print(f"mesh {config.mesh.text}: {idle} of {jax.device_count()} devices idle")
     try:
         train(run)
     except TrainingStopped as error:
@@ -53,8 +57,7 @@ def main(argv: list[str]) -> int:
 def _open(config: TrainConfig) -> Run:
     """Everything that can be wrong with the command is noticed here, before any step and before any file is written."""
     path = Path(config.run_dir)
-    resumed = (path / CONFIG).exists()
-    if resumed:
+    if (path / CONFIG).exists():
         check_same_config(path, config.text, "run_dir")
     if config.tensorboard:
         check_installed()
@@ -63,7 +66,9 @@ def _open(config: TrainConfig) -> Run:
     _check_vocabulary(data, model)
     mesh = make_mesh(config.mesh)
     check_divides(mesh, model, config.data, config.accumulation)
-    parameters = None if config.init_from is None or resumed else _initial(Path(config.init_from), model)
+    _check_implementation(config, model, mesh)
+    given = config.init_from is not None and not has_checkpoint(path)
+    parameters = _initial(Path(config.init_from), model) if given else None
     return Run(config, mesh, data, RunDirectory(path, config.text, "run_dir"), parameters)
 
 
@@ -73,6 +78,14 @@ def _check_vocabulary(data: Data, model: LMConfig) -> None:
             f"model.vocab_size: got {model.vocab_size} for data whose token ids go up to {data.vocab_size - 1}; "
             f"allowed: at least {data.vocab_size}"
         )
+
+
+def _check_implementation(config: TrainConfig, model: LMConfig, mesh: Mesh) -> None:
+    """Raises NotImplementedError, as the operator does when it is traced, for one that was asked for and cannot be."""
+    if any(getattr(mixer, "implementation", None) for mixer in model.mixers):
+        evaluate = compile_evaluation(StepConfig.of(config, model), mesh)
+        parameters = abstract_state(model, config.optimizer, mesh).parameters
+        evaluate.eval_shape(parameters, abstract_batch(config.data, mesh))
 
 
 def _initial(path: Path, model: LMConfig) -> nnx.State:
