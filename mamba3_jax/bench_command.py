@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from mamba3_jax.command import parse
 from mamba3_jax.ops.chunked import default_chunk_size
 from pallas.tpu import cost_model
-from pallas.tpu.block_sizes import default_block_sizes
-from pallas.tpu.chips import Chip, chip_of
+from pallas.tpu.block_sizes import CHUNK, BlockSizes, tiling_of, unfit
+from pallas.tpu.chips import chip_of
 from pallas.tpu.cost_model import INFLATION, Prediction, Sizes, Work
 
 # What mamba3-siso-tpu reports of itself on a v5e, measured there: milliseconds.
@@ -66,6 +66,12 @@ class Config:
             raise ValueError(f"rope_fraction: got {self.rope_fraction:g}; allowed: 0, 0.5, 1")
         if self.chunk < 0 or self.chunk % 128:
             raise ValueError(f"chunk: got {self.chunk}; allowed: a multiple of 128, or 0 for the default")
+        if self.n % 2:
+            raise ValueError(f"n: got {self.n}; allowed: an even size, because channels turn in pairs")
+        kind, shape = chip_of(self.chip).device_kinds[0], {name: getattr(self.sizes, name) for name in "hpngrs"}
+        if reason := unfit(shape, self.dtype, kind):
+            raise ValueError(f"{reason}; allowed: a chip with more, or fewer ranks")
+        tiling_of(shape, self.dtype, BlockSizes(self.chunk or CHUNK, 1), kind)
 
     @property
     def sizes(self) -> Sizes:
@@ -77,7 +83,7 @@ class Config:
 def rows(config: Config) -> dict[str, list[tuple[str, Work, Prediction]]]:
     """By name, the calls that a row of the table is the sum of: (key of INFLATION, work, prediction)."""
     chip, sizes = chip_of(config.chip), config.sizes
-    chunk = config.chunk or _default_chunk(config, chip)
+    chunk = config.chunk or CHUNK
     step = sizes._replace(b=config.decode_b)
     forms = default_chunk_size("tpu", config.r)
 
@@ -97,11 +103,6 @@ def rows(config: Config) -> dict[str, list[tuple[str, Work, Prediction]]]:
     }
 
 
-def _default_chunk(config: Config, chip: Chip) -> int:
-    shape = {name: getattr(config.sizes, name) for name in "thpngrs"}
-    return default_block_sizes(shape, jnp.dtype(config.dtype), chip.device_kinds[0]).chunk
-
-
 def table(config: Config) -> str:
     """What the command prints."""
     chip = chip_of(config.chip)
@@ -109,7 +110,7 @@ def table(config: Config) -> str:
         f"Predictions for one {chip.name} ({chip.hbm_bandwidth / 1e9:.0f} GB/s, {chip.bf16_flops / 1e12:.0f} TFLOP/s, "
         f"{chip.cores} x {chip.clock / 1e9:.2f} GHz, {chip.vmem_bytes / 2**20:.0f} MiB VMEM), not measurements:",
         f"{' '.join(f'{name}={size}' for name, size in config.sizes._asdict().items() if name != 'itemsize')}, "
-        f"{config.dtype}, chunk {config.chunk or _default_chunk(config, chip)}",
+        f"{config.dtype}, chunk {config.chunk or CHUNK}",
         "",
         f"{'':33}{'HBM MB':>9}{'HBM ms':>9}{'MXU ms':>9}{'VPU ms':>9}{'EUP ms':>9}  {'binds':6}{'predicted ms':>13}",
     ]

@@ -203,5 +203,5 @@ def test_a_smoke_run_leaves_its_files_and_each_score_under_its_depth(tmp_path, m
     metrics = (file.parent / "metrics.jsonl").read_text()
     with pytest.raises(SystemExit):
         cli.main(argv)
-    assert "no checkpoint to test" in capsys.readouterr().err
+    assert "without a checkpoint to test" in capsys.readouterr().err
     assert json.loads(file.read_text()) == scores and (file.parent / "metrics.jsonl").read_text() == metrics

@@ -216,7 +216,7 @@ CONFIGS = {
     "table_5b": [ROOT / "configs/state_tracking/table_5b.yaml"],
     "discretization": [ROOT / "configs/discretization.yaml"],
     "retrieval": [ROOT / "configs/retrieval.yaml"],
-    "train": [ROOT / "configs/lm/tiny_cpu.yaml"],  # in test_train.py
+    "train": [*(ROOT / "configs/lm").glob("*.yaml")],  # in test_train.py, test_compile.py and test_training_throughput.py
 }
 
 

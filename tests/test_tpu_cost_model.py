@@ -1,6 +1,7 @@
 """The cost model of the TPU kernels: bytes as the kernels' operands have them, and what `mamba3 bench` says."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -104,6 +105,25 @@ def test_a_prediction_is_no_faster_than_any_unit_and_names_the_one_that_binds():
     assert predict(cost_model.decode(LAYER._replace(b=128), V5E), "decode", LAYER, V5E).binds == "HBM"
 
 
+def test_heads_that_do_not_fill_the_lanes_with_their_group_are_padded():
+    """One head of 64 channels per group: each on 128 lanes, as the kernels have it."""
+    alone, padded = (cost_model.forward(LAYER._replace(g=32, p=p), V5E, 128) for p in (64, 128))
+    assert alone == padded
+
+
+def test_cores_share_whole_rows():
+    """Three rows on two cores take as long as four; a decode step of one row is shared by its blocks of heads."""
+    v4 = CHIPS["v4"]
+    seconds = {}
+    for b in (3, 4):
+        sizes = LAYER._replace(b=b)
+        seconds[b] = predict(cost_model.forward(sizes, v4, 128), "forward", sizes, v4).units["VPU"]
+    assert seconds[3] == pytest.approx(seconds[4])
+    row = LAYER._replace(b=1)
+    one, two = (predict(cost_model.decode(row, v4), what, row, v4).units["VPU"] for what in ("forward", "decode"))
+    assert one == pytest.approx(2 * two)
+
+
 @pytest.mark.parametrize("r", [1, 4])
 def test_the_default_chunk_is_as_fast_as_any_by_the_model(r):
     sizes = LAYER._replace(r=r)
@@ -164,15 +184,21 @@ def test_none_leaves_to_xla_what_may_lie_on_several_devices(names, cut, monkeypa
     assert devices is None or f"{devices} devices, among which" in record.getMessage()
 
 
-def test_none_falls_back_where_no_chunk_fits(tpu, monkeypatch, caplog):
-    """Rank 4 in float32 on a v4, whose VMEM is an eighth of a v5e's."""
+def test_where_no_chunk_fits_none_falls_back_and_the_kernels_refuse(tpu, monkeypatch, caplog):
+    """Rank 4 in float32 on a v4, whose VMEM is an eighth of a v5e's; and a TPU that nobody knows."""
     monkeypatch.setattr("mamba3_jax.ops.tpu.device_kind", lambda: "TPU v4")
     a = {name: jax.ShapeDtypeStruct(u.shape, jnp.float32) for name, u in layer("mimo", 4).items()}
     with caplog.at_level("INFO", logger="mamba3_jax.ops.api"):
         api._log_choice.cache_clear()
         jax.eval_shape(lambda a: ssm(**a), a)
     (record,) = caplog.records
-    assert "implementation 'chunked' for sequences (chunk: got 128, which needs" in record.getMessage()
+    reason = r"h, p, n, r: got h=8 p=64 n=128 r=4 in float32, \d+ bytes of VMEM where v4 has 16777216; allowed: "
+    assert re.search(rf"implementation 'chunked' for sequences \({reason}", record.getMessage())
+    with pytest.raises(NotImplementedError, match=f"^{reason}implementation recurrent, chunked"):
+        jax.eval_shape(lambda a: ssm(**a, implementation="tpu"), a)
+    monkeypatch.setattr("mamba3_jax.ops.tpu.device_kind", lambda: "TPU v9")
+    with pytest.raises(NotImplementedError, match="^chip: got 'TPU v9'; allowed: v4, v5e"):
+        jax.eval_shape(lambda a: ssm(**a, implementation="tpu"), a)
 
 
 def test_bench_prints_predictions_beside_the_peer(capsys):
@@ -190,6 +216,9 @@ def test_bench_prints_predictions_beside_the_peer(capsys):
 @pytest.mark.parametrize("options, expected", [
     (["--chip", "v9"], "chip: got 'v9'; allowed: v4, v5e"), (["--h", "0"], "h: got 0; allowed: a positive integer"),
     (["--chunk", "100"], "chunk: got 100; allowed: a multiple of 128"), (["--g", "3"], "g: got 3; allowed: a divisor"),
+    (["--n", "127"], "n: got 127; allowed: an even size"),
+    (["--chip", "v4", "--chunk", "1024"], "chunk: got 1024, which needs"),
+    (["--chip", "v4", "--r", "4", "--dtype", "float32"], "h, p, n, r: got h=32 p=64 n=128 r=4 in float32"),
 ])  # fmt: skip
 def test_bad_options_are_one_line(options, expected, capsys):
     with pytest.raises(SystemExit) as error:

@@ -12,7 +12,7 @@ from mamba3_jax.ops import prepass
 from mamba3_jax.ops.chunked import default_chunk_size, enter, leave
 from mamba3_jax.ops.inputs import Inputs
 from mamba3_jax.ops.state import SSMState
-from pallas.tpu.block_sizes import BlockSizes, default_block_sizes, tiling_of, tiling_to_interpret
+from pallas.tpu.block_sizes import CHUNK, BlockSizes, default_block_sizes, tiling_of, tiling_to_interpret, unfit
 from pallas.tpu.chips import chip_of, device_kind
 from pallas.tpu.cost_model import Sizes, chunked_seconds, train_seconds
 from pallas.tpu.operands import KINDS, Operands, Tiling
@@ -31,21 +31,26 @@ def refusal(x: Array, B: Array, C: Array, omega: Array | None, z: Array | None) 
                 f"{name}: got dtype {array.dtype}; allowed in the tpu kernels, which compute in float32: "
                 + ", ".join(DTYPES)
             )
-    return None
+    (h, p), (r, g, n) = x.shape[2:], B.shape[2:]
+    s = 0 if omega is None else omega.shape[-1]
+    return _refusal_of_device(dict(h=h, p=p, n=n, g=g, r=r, s=s), x.dtype)
+
+
+def _refusal_of_device(shape: dict[str, int], dtype) -> str | None:
+    kind = device_kind()
+    if not kind.startswith("TPU"):  # there is none when interpreting
+        return None
+    try:
+        reason = unfit(shape, dtype, kind)
+    except ValueError as unknown:
+        return str(unknown)
+    return reason and f"{reason}; allowed: implementation recurrent, chunked"
 
 
 def slower_than_chunked(sizes: Sizes) -> str | None:
-    """Why plain XLA is predicted to train faster than the kernels on the TPU at hand, or must, because they do not fit
-    its VMEM; None where it is not."""
-    dtype = jnp.bfloat16 if sizes.itemsize == 2 else jnp.float32
-    shape = {name: getattr(sizes, name) for name in "hpngrs"}
-    try:
-        chip = chip_of(device_kind())
-        blocks = default_block_sizes(shape, dtype, device_kind())
-        tiling_of(shape, dtype, blocks, device_kind())
-    except ValueError as reason:
-        return str(reason)
-    kernels = train_seconds(sizes, chip, blocks.chunk)
+    """Why plain XLA is predicted to train faster than the kernels, which fit the TPU at hand; None where it is not."""
+    chip = chip_of(device_kind())
+    kernels = train_seconds(sizes, chip, CHUNK)
     chunked = chunked_seconds(sizes, chip, default_chunk_size("tpu", sizes.r))
     if kernels <= chunked:
         return None

@@ -28,6 +28,16 @@ SUBLANES = 8
 VREG = LANES * SUBLANES
 
 
+def padded_up(size: int) -> int:
+    """The next multiple of 128."""
+    return -(-size // LANES) * LANES
+
+
+def padded_head_dim(h: int, p: int, g: int) -> int:
+    """p where heads of one group fill the lanes, else the next multiple of 128: blocks of one head, partly zero."""
+    return p if p % LANES == 0 or (LANES % p == 0 and (h // g) % (LANES // p) == 0) else padded_up(p)
+
+
 @dataclasses.dataclass(frozen=True)
 class Chip:
     """One device.

@@ -17,14 +17,14 @@ from typing import NamedTuple
 
 from jax.experimental import pallas as pl
 
-from pallas.tpu.chips import CHIPS, LANES, VREG, Chip, chip_of, device_kind
+from pallas.tpu.chips import CHIPS, LANES, VREG, Chip, chip_of, device_kind, padded_head_dim, padded_up
 
 # What a kernel computes with float32 operands is made of products of bfloat16 parts.
 FLOAT32_PASSES = 6
-# Bundles that libtpu 0.0.52 schedules for one step, over the cycles of the busiest unit as counted here: for v5e 1.8,
-# 2.1 and 3.1 for SISO (the vector unit), 1.7, 1.8 and 2.9 for MIMO r=4 (the matrix unit). Of chunked XLA, whose fusions
+# Bundles that libtpu 0.0.52 schedules for one step, over the cycles of the busiest unit as counted here: for v5e 1.9,
+# 2.2 and 3.1 for SISO (the vector unit), 1.7, 1.8 and 2.9 for MIMO r=4 (the matrix unit). Of chunked XLA, whose fusions
 # do not hide their transfers so well: the cycles that XLA estimates for all of them, over what their bytes would take.
-INFLATION = {"forward": 1.8, "backward": 2.1, "decode": 3.0, "chunked": 2.5}
+INFLATION = {"forward": 1.9, "backward": 2.2, "decode": 3.0, "chunked": 2.5}
 # Of the chunked form in bfloat16, counted in its optimised HLO for v5e at b=8 t=2048 h=64 p=64 n=128, chunks of 256
 # tokens: bytes per token, head, rank and number of p + n, forward and forward + backward; of ranks by proportion only.
 CHUNKED_BYTES = {"forward": 31.1, "forward_backward": 139.4}
@@ -65,9 +65,11 @@ class Prediction(NamedTuple):
 
 
 def predict(work: Work, what: str, sizes: Sizes, chip: Chip) -> Prediction:
-    """Rows of the batch are spread over a device's cores; `what` is a key of INFLATION."""
-    cores = min(chip.cores, sizes.b)
-    cycles = chip.clock * cores
+    """`what` is a key of INFLATION. A device's cores share the rows of the batch, of a decode step also the blocks of
+    eight heads (decode.py); none is cut, so that a core may wait for the other's last."""
+    blocks = sizes.h // 8 if what == "decode" and sizes.h // sizes.g % 8 == 0 else 1
+    shares = sizes.b * blocks
+    cycles = chip.clock * shares / math.ceil(shares / chip.cores)
     units = {
         "HBM": work.bytes / chip.hbm_bandwidth,
         "MXU": work.mxu / (chip.mxus * cycles),
@@ -129,7 +131,7 @@ def backward(sizes: Sizes, chip: Chip, chunk: int) -> Work:
 def decode(sizes: Sizes, chip: Chip, state_itemsize: int = 4) -> Work:
     """The decode kernel, one step: t is not read. Bytes as the arrays lie in memory, with last axes of 128."""
     b, _, h, p, n, g, r, s, itemsize = sizes
-    lanes = -(-p // LANES) * LANES
+    lanes = padded_up(p)
     state = b * h * (p * n + r * n + lanes) * state_itemsize + b * h * LANES * 4 * (s > 0)
     token = b * h * (3 * lanes * itemsize + LANES * 4) + 2 * b * r * g * n * itemsize
     weights = h * r * (2 * n + (3 * lanes if r > 1 else 0)) * 4
@@ -166,14 +168,13 @@ class _Blocks:
 
     def __init__(self, sizes: Sizes, chip: Chip, chunk: int):
         self.sizes, self.size, self.c = sizes, chip.mxu_size, chunk
-        self.p = sizes.p if LANES % sizes.p == 0 or sizes.p % LANES == 0 else -(-sizes.p // LANES) * LANES
-        self.n = -(-sizes.n // LANES) * LANES
+        self.p, self.n = padded_head_dim(sizes.h, sizes.p, sizes.g), padded_up(sizes.n)
         self.lanes = max(self.p, LANES)
         self.heads = self.lanes // self.p
-        self.blocks = -(-sizes.h // self.heads)
+        self.blocks = sizes.h // self.heads
         self.chunks = -(-sizes.t // chunk)
         self.parts = 2 if sizes.itemsize == 2 else 3
-        self.angle_lanes = max(self.n, -(-self.heads * 2 * sizes.s // LANES) * LANES) if sizes.s else 0
+        self.angle_lanes = max(self.n, padded_up(self.heads * 2 * sizes.s)) if sizes.s else 0
         self.channels, self.values = chunk * self.n / VREG, chunk * self.lanes / VREG
         self.square, self.state = chunk * chunk / VREG, self.lanes * self.n / VREG
 

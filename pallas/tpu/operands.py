@@ -16,7 +16,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas.tpu.chips import LANES, SUBLANES
+from pallas.tpu.chips import LANES, SUBLANES, padded_up
 from pallas.tpu.cost_model import Sizes
 
 TWO_PI = 2 * np.pi
@@ -29,7 +29,8 @@ KINDS = ("coarse", "fine", "entry", "exit", "scale", "gamma", "clock")
 class Tiling:
     """Sizes of a step: c tokens, r ranks, n state channels of which 2s turn, p head channels, blocks per step.
 
-    n is a multiple of 128, and p one or a divisor of it; c is a multiple of 128 except when interpreting.
+    n is a multiple of 128, and p one or a divisor of it; c is a multiple of 128 except when interpreting; vmem_bytes is
+    what the compiler may take.
     """
 
     c: int
@@ -60,16 +61,6 @@ class Tiling:
     def angle_lanes(self) -> int:
         """Of the packed angles: 2s per head of a block, at least n so that a head's can be moved to its channels."""
         return max(self.n, padded_up(self.heads * 2 * self.s))
-
-
-def padded_up(size: int) -> int:
-    """The next multiple of 128."""
-    return -(-size // LANES) * LANES
-
-
-def padded_head_dim(h: int, p: int, g: int) -> int:
-    """p where heads of one group fill the lanes, else the next multiple of 128: blocks of one head, partly zero."""
-    return p if p % LANES == 0 or (LANES % p == 0 and (h // g) % (LANES // p) == 0) else padded_up(p)
 
 
 class Operands(NamedTuple):

@@ -24,9 +24,9 @@ def sizes(shape: Shape, r: int) -> dict[str, int]:
     return dict(h=shape.h, p=shape.p, n=shape.n, g=shape.g, r=r, s=shape.n // 4)
 
 
-def assert_layer_compiles(chip: str, r: int):
+def assert_layer_compiles(chip: str, r: int, p: int = 64):
     """Both kernels, in no more VMEM than was said to be needed, and nothing as large as x copied or transposed."""
-    shape = LAYER._replace(h=4 * r)  # so that x is larger than the B of all ranks, which is transposed
+    shape = LAYER._replace(h=4 * r * 64 // p, p=p)  # so that x is larger than the B of all ranks, which is transposed
     program = tpu_programs.sequences("tpu", "forward_backward", shape, r)
     compiled = tpu_programs.compile_for(chip, *program, large(shape))
     blocks = default_block_sizes(sizes(shape, r), jnp.bfloat16, CHIPS[chip].device_kinds[0])
@@ -39,6 +39,11 @@ def assert_layer_compiles(chip: str, r: int):
 @pytest.mark.parametrize("chip", CHIPS)
 def test_siso_layer_compiles(chip):
     assert_layer_compiles(chip, r=1)
+
+
+def test_eight_heads_of_a_block_compile():
+    """Each has projections and scores of its own, which need VMEM."""
+    assert_layer_compiles("v5e", r=1, p=16)
 
 
 @pytest.mark.parametrize("chip", ["v4", "tpu7x"])
