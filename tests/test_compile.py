@@ -2,18 +2,22 @@
 
 import importlib.util
 import json
+import logging
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
 from mamba3_jax.command import parse
-from mamba3_jax.distributed import compile_command, topology
+from mamba3_jax.distributed import compile_command, compile_step, topology
 from mamba3_jax.distributed.program import Buffer, Collective, collectives, largest_buffers
 from mamba3_jax.models import PRESETS, preset
+from mamba3_jax.ops.api import _log_choice
 from mamba3_jax.training.config import TrainConfig
+from pallas.tpu.chips import chip_of
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = {name: ROOT / f"configs/lm/{name}.yaml" for name in (*PRESETS, "one_gpu", "tiny_cpu")}
@@ -120,6 +124,38 @@ def test_a_mistake_is_one_line(options, message, monkeypatch, capsys):
     assert stopped.value.code == 2 and message in err and err.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    "message, report, helped",
+    [
+        ("Ran out of memory in memory space hbm. Used 32.00G of 15.75G hbm.", "does not fit into 15.75 GiB", True),
+        ("Ran out of memory in memory space vmem: 17M, limit 16M.", "a kernel needs more of its own (vmem, ", False),
+    ],
+)
+def test_what_overflows_is_told_from_what_else_may(message, report, helped, monkeypatch, capsys):
+    """Fewer rows at once are no help for a kernel."""
+    log = logging.getLogger("mamba3_jax.ops.api")
+
+    class Step:
+        def lower(self, state, batch):
+            _log_choice("tpu", "tpu", "sequences")
+            return self
+
+        def compile(self, compiler_options):
+            raise jax.errors.JaxRuntimeError(f"RESOURCE_EXHAUSTED: {message}")
+
+    monkeypatch.setattr(compile_command, "ENVIRONMENT", {})
+    monkeypatch.setattr(compile_step, "topology_devices", lambda name, slices: jax.devices()[:4])
+    monkeypatch.setattr(compile_step, "chip_of", lambda kind: chip_of("TPU v5 lite"))
+    monkeypatch.setattr(compile_step, "compile_train_step", lambda step, mesh: Step())
+    assert compile_command.main([*TINY, "--topology=v5e:2x2"]) == 1
+    out = capsys.readouterr().out
+    assert report in out and message in out and ("--accumulation" in out) == helped
+    assert "ssm on tpu: implementation 'tpu' for sequences" in out
+    with pytest.raises(ZeroDivisionError), compile_step._choices():
+        1 / 0
+    assert (log.handlers, log.propagate, log.level) == ([], True, logging.NOTSET)
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_config_is_of_what_its_name_says(name):
     config = parse("train", TrainConfig, ["--config", str(CONFIGS[name])])
@@ -151,7 +187,7 @@ def test_a_step_for_two_slices_cuts_the_state_and_fits(tmp_path):
     assert whole / 4 < summary["memory"]["arguments"] < whole / 2
     assert summary["memory"]["aliased"] > 0.95 * summary["memory"]["outputs"]
     assert summary["memory"]["peak"] < summary["hbm_bytes"] and summary["collectives"]["all-gather"]["count"] > 4
-    assert "ssm on tpu: implementation" in done.stdout and "2 slices of v5e:2x2: 8 x TPU v5 lite" in done.stdout
+    assert "ssm on tpu: implementation 'tpu'" in done.stdout and "2 slices of v5e:2x2: 8 x TPU v5 lite" in done.stdout
 
 
 @NEEDS_LIBTPU
