@@ -24,6 +24,7 @@ from mamba3_jax.command import INTERRUPTED
 from mamba3_jax.layers import Mamba3Config
 from mamba3_jax.models import LM, LMConfig
 from mamba3_jax.models.checkpoint import load_model
+from mamba3_jax.models.presets import PRESETS
 from mamba3_jax.ops import ssm
 from mamba3_jax.tasks import accuracy, get_task
 from mamba3_jax.training.optimizer import OptimizerConfig, learning_rate
@@ -216,7 +217,8 @@ CONFIGS = {
     "table_5b": [ROOT / "configs/state_tracking/table_5b.yaml"],
     "discretization": [ROOT / "configs/discretization.yaml"],
     "retrieval": [ROOT / "configs/retrieval.yaml"],
-    "train": [*(ROOT / "configs/lm").glob("*.yaml")],  # in test_train.py, test_compile.py and test_training_throughput.py
+    # In test_compile.py and test_training_throughput.py.
+    "train": [ROOT / f"configs/lm/{name}.yaml" for name in (*PRESETS, "tiny_cpu", "one_gpu", "precision")],
 }
 
 

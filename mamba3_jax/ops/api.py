@@ -266,7 +266,7 @@ def _spread() -> str | None:
     named = mesh.axis_names or mesh.abstract_device
     uncut = [size for axis, size in mesh.shape.items() if axis not in mesh.manual_axes]
     devices = math.prod(uncut) if named else jax.device_count()
-    return None if devices == 1 else f"{devices} devices, among which only a mesh of mamba3_jax.distributed cuts kernels"
+    return None if devices == 1 else f"{devices} devices, among which only a mesh of this library cuts kernels"
 
 
 def _check_device(kernel: str) -> None:
