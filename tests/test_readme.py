@@ -69,6 +69,11 @@ def test_predictions_of_the_tpu_kernels_are_the_cost_models():
     assert f"{forward:.1f} ms\nforward and {both:.1f} ms forward and backward at b=8 t=8192 h=32" in README
 
 
+def test_steps_for_pods_are_the_committed_ones():
+    rows = re.findall(r"^\| [SM]I[SM]O \| v\w+:.*$", README, re.MULTILINE)
+    assert rows and set(rows) <= set(_committed("results/pod_compile/report.md").splitlines())
+
+
 def test_decode_times_are_the_committed_ones():
     """ms per step, and times its bound."""
     committed = _tables(_committed("results/generation_latency/report.md"))
