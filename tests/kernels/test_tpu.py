@@ -11,12 +11,21 @@ import pytest
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interpreter
 from jax._src.pallas.mosaic.interpret.race_detection_state import RaceDetectionState
 from jax.experimental.pallas import tpu as pltpu
-from test_triton import TOLERANCE, VARIANTS, arguments, assert_all_close, error, in_float64
+from test_triton import (
+    TOLERANCE,
+    VARIANTS,
+    arguments,
+    assert_all_close,
+    assert_final_close,
+    assert_low_precision_is_close,
+    error,
+    in_float64,
+)
 
-from mamba3_jax.ops import SSMState, api, ssm
+from mamba3_jax.ops import api, ssm
 from mamba3_jax.ops.tpu import tpu
 from pallas.tpu.block_sizes import BlockSizes
-from test_operator import assert_states_close, call, cut, random_state, split_static, values_and_gradients
+from test_operator import call, cut, random_state, split_static, values_and_gradients
 
 # Two heads of 64 channels to a block of lanes, as in the published models; n and s as there too.
 PUBLISHED = dict(p=64, n=128, s=32)
@@ -38,11 +47,6 @@ def interpreted(chunk=16, blocks=1, **params):
         yield
 
 
-def assert_final_close(a: SSMState, b: SSMState, tolerance: float):
-    assert_states_close(SSMState(a.angle, b.ssm, b.k, b.v), b, 1e-5)
-    assert_all_close(a[1:], b[1:], tolerance)
-
-
 @pytest.mark.parametrize("case", CASES)
 def test_values_states_and_gradients_are_those_of_the_recurrence(case):
     """Of every input and of the incoming state, through the output and the final state; 37 tokens are padded to 48."""
@@ -61,20 +65,7 @@ def test_values_states_and_gradients_are_those_of_the_recurrence(case):
 def test_low_precision():
     """MIMO whose ranks are kept, two heads to a block of lanes, all channels turning."""
     args = arguments(20, **(PUBLISHED | dict(r=4, mimo=True, reduce=False, s=64, b=1, dtype=jnp.bfloat16)))
-    state = random_state(args)
-    with interpreted():
-        y, final, gradients = values_and_gradients(args, state, implementation="tpu")
-    y_, final_, gradients_ = in_float64(values_and_gradients, args, state)
-    assert y.dtype == jnp.bfloat16 and final.ssm.dtype == jnp.float32
-    assert error(y, y_) <= TOLERANCE[jnp.bfloat16]
-    assert_final_close(final, final_, TOLERANCE[jnp.bfloat16])
-    # A sum over all tokens of terms that nearly cancel, as for the GPU kernels.
-    angles = (u["initial_state"].angle for u in (gradients, gradients_))
-    assert error(*angles) <= 4 * TOLERANCE[jnp.bfloat16]
-    gradients["initial_state"], gradients_["initial_state"] = (
-        u["initial_state"]._replace(angle=None) for u in (gradients, gradients_)
-    )
-    assert_all_close(gradients, gradients_, TOLERANCE[jnp.bfloat16])
+    assert_low_precision_is_close(args, interpreted(), "tpu")
 
 
 def test_one_call_equals_three_wherever_it_is_cut_and_however_it_is_chunked():

@@ -117,12 +117,11 @@ def test_values_and_states_are_those_of_the_recurrence(variant):
     assert_final_close(final, final_, TOLERANCE[jnp.float32])
 
 
-@pytest.mark.parametrize("kwargs", [dict(), dict(r=4, mimo=True)], ids=["siso", "mimo"])
-def test_low_precision(kwargs):
-    args = arguments(**kwargs, s=16, b=1, dtype=jnp.bfloat16)
+def assert_low_precision_is_close(args, inside, implementation: str):
+    """Values, states and gradients in bfloat16; `inside` is a context in which the kernels are interpreted."""
     state = random_state(args)
-    with interpreted(rows=64):
-        y, final, gradients = values_and_gradients(args, state, implementation="triton")
+    with inside:
+        y, final, gradients = values_and_gradients(args, state, implementation=implementation)
     y_, final_, gradients_ = in_float64(values_and_gradients, args, state)
     assert y.dtype == jnp.bfloat16 and final.ssm.dtype == jnp.float32
     assert error(y, y_) <= TOLERANCE[jnp.bfloat16]
@@ -134,6 +133,12 @@ def test_low_precision(kwargs):
         u["initial_state"]._replace(angle=None) for u in (gradients, gradients_)
     )
     assert_all_close(gradients, gradients_, TOLERANCE[jnp.bfloat16])
+
+
+@pytest.mark.parametrize("kwargs", [dict(), dict(r=4, mimo=True)], ids=["siso", "mimo"])
+def test_low_precision(kwargs):
+    args = arguments(**kwargs, s=16, b=1, dtype=jnp.bfloat16)
+    assert_low_precision_is_close(args, interpreted(rows=64), "triton")
 
 
 def test_chunks_and_segments_do_not_change_the_result():
