@@ -15,6 +15,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from mamba3_jax.layers import Mamba3, Mamba3Config, MixerState, RMSNorm, SwiGLU, mamba3
 from mamba3_jax.layers.conv import CausalConv
+from mamba3_jax.layers.parameters import linear
 from mamba3_jax.models import LM, LMConfig
 from mamba3_jax.ops import SSMState
 from mamba3_jax.training.optimizer import decay_mask
@@ -464,3 +465,15 @@ def test_a_bad_option_is_named(case, without_type_checks):
     with pytest.raises(ValueError) as error:
         Mamba3Config(**dict(d_model=64, head_dim=16) | options)
     assert_names(str(error.value), case.partition(",")[0], given, allowed)
+
+
+def test_a_single_row_is_a_matrix_on_gpus_and_its_product_the_same(monkeypatch):
+    projection = linear(6, 5, rngs=nnx.Rngs(0), use_bias=True)
+    x = jax.random.normal(jax.random.key(0), (1, 1, 6))
+    expected = np.asarray(x, np.float64) @ np.asarray(projection.kernel[...], np.float64)
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda x, cuda, default: cuda(x))
+    np.testing.assert_allclose(projection(x), expected, rtol=1e-6, atol=1e-7)
+    monkeypatch.undo()
+    lowered = jax.jit(lambda projection, x: projection(x)).trace(projection, x)
+    multiplied = {platform: lowered.lower(lowering_platforms=(platform,)).as_text() for platform in ("cuda", "cpu")}
+    assert "tensor<8x6xf32>" in multiplied["cuda"] and "tensor<8x6xf32>" not in multiplied["cpu"]
