@@ -12,8 +12,8 @@ Random weights of the published shapes, bfloat16 matrices as released, through t
 
 The bound of a decode step is the time to read the weights once, and to read and write the states, at the bandwidth of a
 copy measured in the same run. Rows go to metrics.jsonl as they are measured; those of the same device, jax, XLA_FLAGS
-and code (mamba3_jax and pallas) are not measured again. A results directory holds metrics.jsonl, summary.json,
-report.md and generation.png.
+and code (mamba3_jax and pallas) are not measured again, and the report shows those of older code that a run leaves out.
+A results directory holds metrics.jsonl, summary.json, report.md and generation.png.
 """
 
 import dataclasses
@@ -227,20 +227,20 @@ def main(argv: list[str]) -> int:
     if config.measure:
         chosen = measured.choose(list(cells(config)), command.only)
         same = measured.identity(config, CODE)
-        rows = list(measured.of_identity(rows, same).values())
-        done = {row["name"] for row in rows}
+        rows = measured.comparable(rows, same)
         bandwidth = None
         for cell in chosen:
-            if cell.name in done:
+            if measured.stands(rows.get(cell.name), same):
                 continue
             bandwidth = bandwidth or copy_bandwidth()
             figures = dict(**measure(cell, config), copy_bytes_per_s=bandwidth)
             row = dict(name=cell.name, **cell._asdict(), **figures, **same)
-            rows.append(row)
+            rows[cell.name] = row
             measured.add(folder, row)
             print(f"{cell.name}: {_figure(row)}", flush=True)
     else:
-        measured.newest_identity(rows, folder)
+        rows = measured.comparable(rows, measured.newest_identity(rows, folder))
+    rows = list(rows.values())
     summary = dict(command=command.line, rows=rows)
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     (folder / "report.md").write_text(render(summary, list(cells(config))))

@@ -47,6 +47,16 @@ def of_identity(rows: list[dict], same: dict) -> dict[str, dict]:
     return {row["name"]: row for row in rows if {key: row[key] for key in same} == same}
 
 
+def comparable(rows: list[dict], same: dict) -> dict[str, dict]:
+    """Those that a report shows beside each other, by name, the newest of each: of any code, all else the same."""
+    return of_identity(rows, {key: value for key, value in same.items() if key != "code"})
+
+
+def stands(row: dict | None, same: dict) -> bool:
+    """Whether a cell with this row need not be measured."""
+    return row is not None and "reason" not in row and row["code"] == same["code"]
+
+
 def add(folder: Path, row: dict, name: str = METRICS) -> None:
     """Writes a row behind the others."""
     with (folder / name).open("a") as file:

@@ -31,7 +31,7 @@ WARM = 2
 # Tokens whose logits exist at once: 2 GB in float32 over Llama 3's vocabulary.
 LOGITS = 4096
 # Tokens that go through a model at once at first: as many as 80 GB hold of the 1.5B shape.
-AT_ONCE = {"siso": 16384, "mimo": 16384, "mamba2": 8192, "transformer": 16384}
+AT_ONCE = {"siso": 16384, "mimo": 8192, "mamba2": 8192, "transformer": 16384}
 # What the forward kernel of pallas/triton is called in a program.
 KERNEL = "ssm_outputs"
 

@@ -38,7 +38,7 @@ def render(summary: dict, wanted: list[Cell]) -> str:
         "bfloat16 with AdamW and float32 master weights, on random tokens. MFU is of the FLOPs that the model needs,",
         f"and of {_peak_text(summary)}. A step's rows go through the model so many at once; for the",
         'backward pass the activations are "kept", or computed "again" block by block.',
-        f"Hash of the code: {summary['code']}.",
+        f"Hash of the code: {', '.join(sorted({row['code'] for row in summary['rows']}))} (summary.json says whose).",
     ]
     parts = {part: [cell for cell in wanted if cell.part == part] for part in ("widths", "peer", "lengths")}
     lines += ["", "## Models of one width", "", *HEAD]

@@ -17,8 +17,8 @@ named. DIR holds the peer's package, which is timed first, in a process of its o
     uv pip install --no-deps --target build/jla jax-linear-attention==0.1.0 equinox==0.13.8
 
 Rows go to metrics.jsonl as they are measured (the peer's to peers.jsonl); those of the same device, jax, XLA_FLAGS,
-settings and code (mamba3_jax and pallas) are not measured again. A results directory holds these, summary.json,
-report.md and training.png.
+settings and code (mamba3_jax and pallas) are not measured again, and the report shows those of older code that this run
+leaves out. A results directory holds these, summary.json, report.md and training.png.
 """
 
 import concurrent.futures
@@ -151,8 +151,8 @@ def main(argv: list[str]) -> int:
         _measure_peer(config, folder)
     stored = measured.read(folder)
     same = measured.identity(config, CODE) if config.measure else measured.newest_identity(stored, folder)
-    rows = measured.of_identity(stored, same)
-    left = [cell for cell in chosen if cell.name not in rows or "reason" in rows[cell.name]]
+    rows = measured.comparable(stored, same)
+    left = [cell for cell in chosen if not measured.stands(rows.get(cell.name), same)]
     for row in _measure_all(left, config):
         rows[row["name"]] = row | same
         measured.add(folder, row | same)

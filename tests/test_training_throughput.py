@@ -55,6 +55,15 @@ def test_targets_are_the_tokens_that_follow():
     assert batch.mask.all() and batch.tokens.max() < 7
 
 
+def test_rows_of_older_code_are_shown_and_measured_again():
+    row = dict(name="a", **SAME)
+    rows = [row | dict(device="another"), row | dict(code="older"), dict(name="b", **SAME)]
+    shown = measured.comparable(rows, SAME)
+    assert shown == dict(a=rows[1], b=rows[2])
+    assert [measured.stands(found, SAME) for found in (shown["a"], shown["b"], None)] == [False, True, False]
+    assert not measured.stands(rows[2] | dict(reason="out of memory"), SAME)
+
+
 def test_differences_are_of_running_means():
     low, high = np.full(40, 1.01), np.ones(40)
     high[::2], high[1::2] = 0.5, 1.5
