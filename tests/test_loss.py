@@ -76,3 +76,11 @@ def test_logits_of_all_tokens_never_exist():
 
     compiled = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(x, head).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < 4 * b * t * v / 4
+
+
+def test_no_array_of_a_chunks_logits_is_kept_outside_the_loop():
+    """As JAX keeps what does not depend on the loop's piece, a mask of the padding, say."""
+    x, head, targets, mask = inputs()
+    loss = jax.grad(lambda x, head: chunked(x, head, targets, mask, 7).nll, argnums=(0, 1))
+    outside = [out.aval.size for equation in jax.make_jaxpr(loss)(x, head).eqns for out in equation.outvars]
+    assert max(outside) < B * 7 * PADDED

@@ -17,6 +17,9 @@ from jaxtyping import Array, Bool, Float, Int
 from mamba3_jax.checks import check_array, check_rank
 from mamba3_jax.distributed.rules import constrain
 
+# Added to the scores of entries that pad the vocabulary: finite, so that its product with 0 is 0.
+PADDING = -1e30
+
 
 class LossSums(NamedTuple):
     """Sums over the targets that count, in nats (nll) and nats squared (z), and how many they are."""
@@ -60,10 +63,13 @@ def cross_entropy(
         x, targets, mask = piece
         scores = constrain(logits(constrain(x, "batch", "time", None)), "batch", "time", "vocab")
         scores = scores.astype(jnp.promote_types(scores.dtype, jnp.float32))
-        # Masks, where a slice or an index would gather a vocabulary that is cut over devices.
-        token = jax.lax.broadcasted_iota(targets.dtype, scores.shape, 2)
-        normaliser = jax.nn.logsumexp(jnp.where(token < vocab_size, scores, -jnp.inf), axis=-1)
-        chosen = jnp.sum(jnp.where(token == targets[..., None], scores, 0), axis=-1)
+        # Masks, where a slice or an index would gather a vocabulary that is cut over devices. They are made of a vector
+        # that follows the piece: all else JAX moves out of the loop, and keeps as arrays of the logits' size.
+        token = jnp.arange(scores.shape[-1], dtype=targets.dtype)[None, None] + 0 * targets[:1, :1, None]
+        if vocab_size < scores.shape[-1]:
+            scores += jnp.where(token < vocab_size, 0.0, PADDING).astype(scores.dtype)
+        normaliser = jax.nn.logsumexp(scores, axis=-1)
+        chosen = jnp.sum(scores * (token == targets[..., None]), axis=-1)
         nll, z = jnp.where(mask, normaliser - chosen, 0), jnp.where(mask, normaliser**2, 0)
         return (sums[0] + jnp.sum(nll), sums[1] + jnp.sum(z)), None
 
