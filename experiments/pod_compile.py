@@ -24,7 +24,10 @@ from mamba3_jax.command import fail, results_folder
 SISO, MIMO = (f"configs/lm/mamba3-{kind}-1.5b.yaml" for kind in ("siso", "mimo"))
 # Half a million tokens are 256 rows of 2048, one for each of 256 devices; 512 devices share them by their heads.
 BY_HEADS = ("--mesh.fsdp=256", "--mesh.tensor=2")
-LONG = ("--data.context=65536", "--data.batch_size=8", "--mesh.fsdp=8", "--mesh.sequence=64")
+LONG = (
+    *("--data.context=65536", "--data.batch_size=8", "--loss_chunk=65536"),
+    *("--mesh.fsdp=8", "--mesh.sequence=64"),
+)
 TWICE = ("--mesh.slices=2", "--mesh.fsdp=256", "--data.batch_size=512")
 TINY = (
     *("--model.mamba3.d_model=128", "--model.mamba3.d_state=32", "--model.n_layers=1", "--model.mlp_width=128"),
