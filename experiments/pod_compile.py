@@ -22,10 +22,15 @@ from experiments.command import parse
 from mamba3_jax.command import fail, results_folder
 
 SISO, MIMO = (f"configs/lm/mamba3-{kind}-1.5b.yaml" for kind in ("siso", "mimo"))
-# Half a million tokens are 256 rows of 2048, one for each of 256 devices; 512 devices share them by their heads.
-BY_HEADS = ("--mesh.fsdp=256", "--mesh.tensor=2")
-LONG = ("--data.context=65536", "--data.batch_size=8", "--mesh.fsdp=8", "--mesh.sequence=64")
-TWICE = ("--mesh.slices=2", "--mesh.fsdp=256", "--data.batch_size=512")
+# Half a million tokens are 256 rows of 2048, one for each of 256 devices; 512 devices share them by their heads. The
+# state in 16 parts is small enough, and parts of 128 rows are summed as parts, those of 8 rows in 256 are not.
+SQUARE = ("--mesh.data=16", "--mesh.fsdp=16")
+BY_HEADS = (*SQUARE, "--mesh.tensor=2")
+LONG = (
+    *("--data.context=65536", "--data.batch_size=8", "--loss_chunk=65536"),
+    *("--mesh.fsdp=8", "--mesh.sequence=64"),
+)
+TWICE = (*SQUARE, "--mesh.slices=2", "--data.batch_size=512")
 TINY = (
     *("--model.mamba3.d_model=128", "--model.mamba3.d_state=32", "--model.n_layers=1", "--model.mlp_width=128"),
     *("--model.vocab_size=512", "--data.context=128", "--data.batch_size=4"),
@@ -57,11 +62,11 @@ class Row:
 
 
 ROWS = (
-    Row("SISO", SISO, "v5e:16x16"),
-    Row("SISO", SISO, "v6e:16x16"),
+    Row("SISO", SISO, "v5e:16x16", SQUARE),
+    Row("SISO", SISO, "v6e:16x16", SQUARE),
     Row("SISO", SISO, "v5p:8x8x8", BY_HEADS),
-    Row("MIMO", MIMO, "v5e:16x16"),
-    Row("MIMO", MIMO, "v6e:16x16"),
+    Row("MIMO", MIMO, "v5e:16x16", SQUARE),
+    Row("MIMO", MIMO, "v6e:16x16", SQUARE),
     Row("MIMO", MIMO, "v5p:8x8x8", BY_HEADS),
     Row("SISO", SISO, "v5p:8x8x8", LONG),
     Row("SISO", SISO, "v5e:16x16", TWICE),

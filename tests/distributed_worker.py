@@ -39,7 +39,6 @@ OPTIONS = [
 ]  # fmt: skip
 BEFORE, AFTER = "--mesh.data=4 --mesh.tensor=2".split(), "--mesh.fsdp=2 --mesh.tensor=2 --mesh.sequence=2".split()
 CASES = {
-    "fsdp_sequence_mimo": (MIMO, MeshConfig(fsdp=2, sequence=4)),
     "data": (SISO, MeshConfig(data=-1)),
     "data_mimo": (MIMO, MeshConfig(data=-1)),
     "fsdp": (SISO, MeshConfig(fsdp=-1)),
@@ -48,7 +47,6 @@ CASES = {
     "tensor_mimo": (MIMO, MeshConfig(data=2, tensor=4)),
     "sequence_mimo": (MIMO, MeshConfig(sequence=-1)),
     "sequence": (SISO, MeshConfig(data=4, sequence=2)),
-    "data_fsdp_tensor_mimo": (MIMO, MeshConfig(data=2, fsdp=2, tensor=2)),
     "fsdp_tensor_sequence_mimo": (MIMO, MeshConfig(fsdp=2, tensor=2, sequence=2)),
     "slice_tensor_sequence": (SISO, MeshConfig(slices=2, tensor=2, sequence=2)),
 }

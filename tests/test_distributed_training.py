@@ -30,8 +30,6 @@ from mamba3_jax.models.checkpoint import load_model
 from mamba3_jax.training.state import check_divides
 
 PROCESSES, DEVICES = 4, 2
-# With the meshes of the run that is every axis; MAMBA3_SLOW=1 adds each alone, and more combinations.
-NAMES = list(worker.CASES)[: None if "MAMBA3_SLOW" in os.environ else 1]
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -48,7 +46,7 @@ def folder(tmp_path_factory):
         "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
         "JAX_NUM_PROCESSES": str(PROCESSES),
     }
-    command = [sys.executable, str(ROOT / "tests/distributed_worker.py"), str(folder), *NAMES]
+    command = [sys.executable, str(ROOT / "tests/distributed_worker.py"), str(folder), *worker.CASES]
     started = []
     for i in range(PROCESSES):
         with (folder / f"log_{i}").open("w") as log:
@@ -75,7 +73,7 @@ def curve_of_one_device(model: LMConfig) -> list[float]:
     return worker.curve(model, MeshConfig())
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", worker.CASES)
 def test_every_mesh_gives_the_loss_curve_of_one_device(name, written):
     """Rows of several documents, float32; the same numbers on every process."""
     expected = curve_of_one_device(worker.CASES[name][0])

@@ -69,13 +69,34 @@ def constrain(x: Shaped[Array, "*shape"], *axes: str | None) -> Shaped[Array, "*
     return x if mesh is None else jax.lax.with_sharding_constraint(x, _dividing(mesh, axes, x.shape))
 
 
-def exchanged(part: Float[Array, "*shape"], axis: str) -> Float[Array, "*shape"]:
+def gathered(matrix: Float[Array, "v d"]) -> Float[Array, "v d"]:
+    """A matrix of the vocabulary as it is used: d whole."""
+    return _recut(matrix, there=[("vocab", None)], back=[("vocab", "embed")])
+
+
+def exchanged(part: Float[Array, "*shape"], axis: str | None) -> Float[Array, "*shape"]:
     """Some channels (d, ..., channels) of a matrix that is cut for storage, as they are used: d whole, channels cut.
 
     In two steps, which the compiler does not find by itself: d is gathered along fsdp, then exchanged along tensor.
     """
     inner = (None,) * (part.ndim - 2)
-    return constrain(constrain(part, axis, *inner, None), None, *inner, axis)
+    there = [(axis, *inner, None), (None, *inner, axis)]
+    return _recut(part, there, back=[("embed", *inner, axis), ("storage", *inner, None)])
+
+
+def _recut(x: Float[Array, "*shape"], there: list, back: list) -> Float[Array, "*shape"]:
+    """x, cut one way after the other; its gradient is summed in the parts of `back`, where it would be summed whole."""
+
+    def cut(x: Array, ways: list) -> Array:
+        for axes in ways:
+            x = constrain(x, *axes)
+        return x
+
+    if cutting_mesh() is None:
+        return x
+    used = jax.custom_vjp(lambda x: cut(x, there))
+    used.defvjp(lambda x: (cut(x, there), None), lambda _, gradient: (cut(gradient, back),))
+    return used(x)
 
 
 def cutting_mesh() -> jax.sharding.AbstractMesh | None:

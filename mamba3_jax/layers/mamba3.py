@@ -272,7 +272,7 @@ class Mamba3(nnx.Module):
         names = list(sizes)[2:]
         ends = np.cumsum([sizes[name] for name in names])[:-1]
         # The small parts keep the product's float32: dt and the angles are summed over the whole sequence.
-        rest = jnp.matmul(u, constrain(rest, None, None), preferred_element_type=self._wide(u))
+        rest = jnp.matmul(u, exchanged(rest, None), preferred_element_type=self._wide(u))
         z, x = (constrain(u @ exchanged(part, "heads"), "batch", "time", "heads") for part in (z, x))
         return dict(z=z, x=x) | dict(zip(names, jnp.split(rest, ends, axis=-1)))
 

@@ -11,7 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from mamba3_jax.checks import check_array, check_choice, check_rank
-from mamba3_jax.distributed.rules import constrain
+from mamba3_jax.distributed.rules import constrain, gathered
 from mamba3_jax.layers import AnyMixerState, Attention, AttentionConfig, MixerConfig, RMSNorm, SwiGLU, build_mixer
 
 Cache = tuple[AnyMixerState, ...]
@@ -160,7 +160,7 @@ class LM(nnx.Module):
         head = (self.embedding if self.config.tie_embeddings else self.head)[...]
         dtype = jnp.dtype(self.config.dtype)
         wide = jnp.promote_types(x.dtype, jnp.float32)
-        return jnp.einsum("...d,vd->...v", x.astype(dtype), head.astype(dtype), preferred_element_type=wide)
+        return jnp.einsum("...d,vd->...v", x.astype(dtype), gathered(head.astype(dtype)), preferred_element_type=wide)
 
     def step(self, tokens: Int[Array, " b"], cache: Cache) -> tuple[Float[Array, "b v"], Cache]:
         """One decode step: the logits after one more token of every sequence."""
