@@ -97,6 +97,10 @@ RESULTS_BY_NAME: dict[str, Result] = {
         "time, bandwidth, memory and accuracy of the operator's implementations beside Mamba-2 and attention",
         "kernel_latency", (), "kernel_latency", "not for CPUs", "6 min", ("--smoke",),
     ),
+    "block_sizes": Result(
+        "the GPU kernels with other block sizes than the defaults",
+        "block_sizes", (), "block_sizes", "not for CPUs", "10 min", ("--smoke",),
+    ),
     "tpu_compile": Result(
         "TPU kernels compiled for five generations without a TPU: VMEM, bytes beside others, predicted times",
         "tpu_compile", (), "tpu_compile", "30 min", "not for GPUs", ("--smoke",),

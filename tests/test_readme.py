@@ -86,6 +86,15 @@ def test_decode_times_are_the_committed_ones():
         assert rows[name] == [found[f"mamba3-{name.lower()}-1.5b", b, "1", dtype] for b, dtype in batches]
 
 
+def test_training_rates_are_the_committed_ones():
+    """Model, operator, tokens/s, MFU, memory."""
+    committed = [c for c in _tables(_committed("results/training_throughput/report.md")) if len(c) == 13]
+    found = [[c[0], c[1], c[8], c[10], c[11]] for c in committed if c[4] == "16 x 2048"]
+    names = ("Mamba-3 SISO", "Mamba-3 MIMO, rank 4", "Mamba-2", "Transformer")
+    rows = [cells for cells in _tables(README) if len(cells) == 5 and cells[0] in names]
+    assert rows == found and len(rows) == 4
+
+
 def _tables(text: str) -> list[list[str]]:
     """The cells of every row of every table."""
     return [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in text.splitlines() if line[:2] == "| "]

@@ -1,4 +1,4 @@
-"""How the kernels cut their work, and what was measured.
+"""How the kernels cut their work, and what was measured; `mamba3 experiment block_sizes` measures other cuts.
 
 One H100, ms, medians, b=8 t=2048 h=64 p=64 n=128 g=1 and bfloat16 unless said otherwise (official Triton kernels:
 forward 0.93, forward + backward 4.02). The kernels alone, without what api.py prepares for them.
