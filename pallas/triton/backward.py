@@ -14,7 +14,7 @@ Y = q k^T, E_ij = exp(cs_i - cs_j) for i later than j, W as in tiles.py, and M =
 
 dB, dC and domega are summed over a program's heads in a fixed order, and over programs outside. What the coefficients
 receive is handed on by the derivative of plain jnp (operands.py), and so is what a turn receives from later chunks:
-theta0 takes the sum of each chunk's dtheta.
+theta0 takes the sum of each chunk's dtheta, read off the states (`_start_angles`).
 """
 
 import dataclasses
@@ -97,7 +97,7 @@ def _value_kernel(
 
 # Where outputs keep the block's heads, beside the batch; None: they are shared by the heads.
 _HEAD_AXES = dict(x=1, z=1, mimo_x=1, mimo_z=1, mimo_o=1, entry=0, exit=0, through=0, D=1, fine=0, scale=0, gamma=0,
-                  projection=None, bias=1, clock=0, omega=None, theta0=1)  # fmt: skip
+                  projection=None, bias=1, clock=0, omega=None)  # fmt: skip
 
 
 def _at_head(out, head):
@@ -241,9 +241,8 @@ class ProjectionGradients(NamedTuple):
 
     projection: jax.Array  # (N, b, t r, g, w) float32
     bias: jax.Array  # (b, m, h, r, w) float32
-    clock: jax.Array | None  # (b, h, t); None, like the next two, where the slab does not turn
+    clock: jax.Array | None  # (b, h, t); None, like the next one, where the slab does not turn
     omega: jax.Array | None  # (N g, b, t, w / 2)
-    theta0: jax.Array | None  # (b, m, h, w / 2)
 
 
 def _projection_kernel(
@@ -308,10 +307,8 @@ def _project_back(ops: Operands, of: str, du, out: ProjectionGradients, chunk, t
         return back, None
     (a, b), (da, db) = tiles.pairs_of(tiles.load(tiling, ref, bias_ref, t0, slab)), tiles.pairs_of(back)
     dtheta = tiling.fma(a, db, -(b * da))
-    total = jnp.sum(dtheta, axis=0)
-    out.theta0[chunk] = total
     # The reverse cumulative sum, of which Triton has the forward one only.
-    received = tiling.once_per_token(total[None, :] - jnp.cumsum(dtheta, axis=0) + dtheta)
+    received = tiling.once_per_token(jnp.sum(dtheta, axis=0)[None, :] - jnp.cumsum(dtheta, axis=0) + dtheta)
     omega = tiling.of_token(ops.omega, t0, slab.pairs)
     out.clock[pl.ds(t0, tiling.c)] = tiling.per_token(jnp.sum(received * omega, axis=1))
     return back, received * tiling.of_token(ops.clock, t0)[:, None]
@@ -446,12 +443,11 @@ def _call_projection_gradients(
     def shared(shape, block, index):
         return jax.ShapeDtypeStruct(shape, jnp.float32), pl.BlockSpec(block, grid.at(index))
 
-    turning = (None,) * 3
+    turning = None, None
     if slab.pair is not None:
         turning = (
             grid.coefficient(),
             shared((N * g, b, t, half), (None, None, t, half), lambda i, c, b: (i, b, 0, 0)),
-            grid.per_chunk(ops.theta0, half),
         )
     out = ProjectionGradients(
         shared((N, b, t * r, g, w), (None, None, t * r, None, w), lambda i, c, b: (i % N, b, 0, i // N, 0)),
@@ -463,11 +459,28 @@ def _call_projection_gradients(
     return grid.call(_projection_kernel, f"ssm_{of}_gradients", out, inputs, **static)
 
 
+def _start_angles(entries, exits, h0, last, dh0, dlast, tiling: Tiling) -> jax.Array:
+    """dtheta0 (b, m, h, s): what the turns of a chunk's tokens receive in all.
+
+    To turn all tokens from a chunk's start on is to turn the state there backwards, and the last state. So their
+    dtheta sum to <dlast, J last> - <dS, J h> of that start, with J the quarter turn of every pair. The sums themselves,
+    of terms that cancel but for rounding, would in bfloat16 be the worse the longer the sequence is.
+    """
+
+    def turned(h, dS):
+        h, dS = (u[..., : 2 * tiling.s, :].astype(jnp.float32) for u in (h, dS))
+        return jnp.sum(h[..., 0::2, :] * dS[..., 1::2, :] - h[..., 1::2, :] * dS[..., 0::2, :], axis=-1)
+
+    start, end = turned(h0, dh0)[:, :, None], turned(last, dlast)[:, :, None]
+    bounds = jnp.concatenate([start, turned(entries[:, :, 1:], exits[:, :, :-1]), end], axis=2)
+    return jnp.moveaxis(jnp.diff(bounds, axis=2), 2, 1)
+
+
 def backward(
     ops: Operands, h0, dy, dlast, tiling: Tiling, segments: int, blocks: BlockSizes
 ) -> tuple[Operands, jax.Array]:
     """Gradients of the operands and of h0, from those of y and of the last state."""
-    entries, _ = entry_states(ops, h0, tiling, segments, blocks)
+    entries, last = entry_states(ops, h0, tiling, segments, blocks)
     exits, dh0 = _exit_adjoints(ops, dy, dlast, tiling, segments, blocks)
     values = _call_value_gradients(ops, dy, entries, exits, tiling, blocks)
     weights = _call_weight_gradients(ops, dy, tiling, blocks)
@@ -507,7 +520,7 @@ def backward(
         gamma=weights.gamma,
         clock=sum((u.clock for u in C + B if u.clock is not None), jnp.zeros_like(ops.clock)),
         omega=turning("omega", 0) if tiling.s else None,
-        theta0=turning("theta0", ()) if tiling.s else None,
+        theta0=_start_angles(entries, exits, h0, last, dh0, dlast, tiling) if tiling.s else None,
         segment_ids=None,
     )
     return jax.tree.map(lambda grad, operand: grad.astype(operand.dtype), grads, ops._replace(segment_ids=None)), dh0
