@@ -347,8 +347,9 @@ def plot(rows: list[dict]) -> plt.Figure:
         right.plot([r["t"] for r in single], [r["ms"] for r in single], label=model, **style)
     left.set(xlabel="rows", ylabel="ms per decode step", xscale="log", yscale="log", title="float32 states")
     right.set(xlabel="tokens before", ylabel="ms per decode step", xscale="log", title="one row")
-    right.set_ylim(bottom=0, top=1.2 * max(row["ms"] for row in decode if row["b"] == 1))
+    right.set_ylim(bottom=0, top=1.2 * max((row["ms"] for row in decode if row["b"] == 1), default=1))
     for axes in (left, right):
-        axes.legend(fontsize=8)
+        if decode:
+            axes.legend(fontsize=8)
         axes.grid(alpha=0.3)
     return figure

@@ -32,6 +32,20 @@ def check_array(name: str, value, letters: str, sizes: dict[str, int], kind=jnp.
         raise TypeError(f"{name}: got dtype {value.dtype}; allowed: a {kind.__name__} dtype")
 
 
+def check_ids(name: str, ids: Sequence[int] | np.ndarray, vocab_size: int, where: str = "") -> np.ndarray:
+    """A text's token ids as an int64 array (t); `where` says in an error which of several texts it is."""
+    try:
+        array = np.asarray(ids)
+    except ValueError:  # lists of different lengths
+        array = np.asarray(ids, object)
+    if array.ndim != 1 or (array.size and not np.issubdtype(array.dtype, np.integer)):
+        raise ValueError(f"{name}: got {array.dtype} of shape {array.shape}{where}; allowed: integers of shape (t,)")
+    wrong = np.flatnonzero((array < 0) | (array >= vocab_size))
+    if wrong.size:
+        raise ValueError(f"{name}: got id {array[wrong[0]]}{where} at token {wrong[0]}; allowed: 0 to {vocab_size - 1}")
+    return array.astype(np.int64)
+
+
 def check_shapes(what: str, got: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]]) -> None:
     """Arrays by name that must be a model's: the first that is missing, new or of another shape is an error."""
     for name in sorted(expected.keys() | got.keys()):

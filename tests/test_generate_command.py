@@ -130,6 +130,23 @@ def test_stats_are_one_line_on_stderr(run, capsys):
     assert "9 prompt tokens read in" in err and "20 new tokens, the first 8 after" in err and "tokens/s" in err
 
 
+def test_a_reader_that_leaves_early_is_told_that_no_state_is_saved(run, capsys, tmp_path, monkeypatch):
+    """And leaves quietly, by way of the command's own handling, where none was asked for."""
+
+    class Closed(io.StringIO):
+        def flush(self):
+            raise BrokenPipeError
+
+    monkeypatch.setattr("sys.stdout", Closed())
+    line, path = [str(run), "--prompt", PROMPT, "--max_new_tokens=5"], tmp_path / "state.npz"
+    assert main(["generate", *line, "--save_state", str(path)]) == 1
+    error = capsys.readouterr().err
+    assert error == f"save_state: {path} is not written, because the text was cut short\n" and not path.exists()
+    with pytest.raises(BrokenPipeError):
+        generate_command.main(line)
+    assert capsys.readouterr().err == ""
+
+
 ERRORS = {
     "no prompt": ([], "prompt: got none; allowed: a text, or --prompts_file, or --resume"),
     "two prompts": (["--prompt=a", "--prompts_file=f"], "prompt: got one and a prompts_file; allowed: one of them"),

@@ -47,8 +47,11 @@ def test_the_report_puts_the_papers_figures_beside_those_of_its_size_only():
     assert "| tiny | 128 | 2048 | 2.50 (-) | not run (-) |" in text
     assert "| mamba3-siso-1.5b | 8 | 1 | float32 | not run | - |" in text
     assert "| mamba3-siso-1.5b | 4096 | not run | - |" in text
-    left, right = plot(rows).axes
-    assert left.get_xlabel() == "rows" and right.get_xlabel() == "tokens before"
+    # As well before any decode step of one row, or of any, is measured.
+    for some in (rows, rows[1:], [rows[0] | dict(b=8)]):
+        left, right = plot(some).axes
+        assert left.get_xlabel() == "rows" and right.get_xlabel() == "tokens before"
+        assert len(left.lines) == 2 * any(row["what"] == "decode" for row in some)
 
 
 @pytest.mark.parametrize("options, text", [

@@ -419,6 +419,8 @@ def test_the_harness_makes_the_model_from_its_name(model, tmp_path):
         ("max_length=1.5", "max_length: got 1.5; allowed: a int"),
         ("seed=None", "seed: got None; allowed: a int"),
         ("prefix_token=yes", "prefix_token: got 'yes'; allowed: a int or None"),
+        ("prefix_token=-1", f"prefix_token: got -1; allowed: 0 to {CONFIG.vocab_size - 1}"),
+        (f"prefix_token={CONFIG.vocab_size}", f"prefix_token: got {CONFIG.vocab_size}; allowed: 0 to "),
         ("add_bos_token=1", "add_bos_token: got 1; allowed: a bool or None"),
     ],
 )

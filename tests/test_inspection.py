@@ -3,6 +3,7 @@
 import functools
 import json
 import math
+from unittest.mock import Mock
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ import pytest
 from flax import nnx
 
 from mamba3_jax import cli
-from mamba3_jax.inference import inspection
+from mamba3_jax.inference import inspect_command, inspection
 from mamba3_jax.inference.inspection import layer_dynamics, parameter_table, state_table
 from mamba3_jax.inference.inspection_report import plot
 from mamba3_jax.layers import AttentionConfig, GatedDeltaNetConfig, Mamba2Config, Mamba3, Mamba3Config
@@ -197,6 +198,12 @@ def test_the_command_has_a_text_of_its_own_and_takes_random_tokens_where_there_i
     assert "Measured on 40 tokens of Python's help (pydoc)." in capsys.readouterr().out
     assert cli.main(["inspect", str(directory / "states"), "--tokens", "40"]) == 0
     assert "Measured on 40 random tokens, because 100 are no vocabulary of text." in capsys.readouterr().out
+
+
+def test_a_closed_pipe_is_not_blamed_on_the_folder(monkeypatch):
+    monkeypatch.setattr(inspect_command, "print", Mock(side_effect=BrokenPipeError), raising=False)
+    with pytest.raises(BrokenPipeError):
+        inspect_command.main(["mamba3-siso-180m"])
 
 
 def test_the_command_takes_a_published_size(capsys):

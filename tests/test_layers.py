@@ -477,3 +477,5 @@ def test_a_single_row_is_a_matrix_on_gpus_and_its_product_the_same(monkeypatch):
     lowered = jax.jit(lambda projection, x: projection(x)).trace(projection, x)
     multiplied = {platform: lowered.lower(lowering_platforms=(platform,)).as_text() for platform in ("cuda", "cpu")}
     assert "tensor<8x6xf32>" in multiplied["cuda"] and "tensor<8x6xf32>" not in multiplied["cpu"]
+    # No row is not one.
+    assert projection(jnp.zeros((3, 0, 6))).shape == (3, 0, 5)

@@ -28,7 +28,7 @@ from mamba3_jax.inference.scores import score
 from mamba3_jax.layers import AttentionConfig, Mamba2Config, Mamba3Config
 from mamba3_jax.models import LM, LMConfig
 from mamba3_jax.models.checkpoint import save_model
-from test_layers import randomised
+from test_layers import randomised, without_type_checks  # noqa: F401, a fixture
 
 # float32 of two layers against itself in another order, and the rounding of a log of a sum of 250 terms.
 TOLERANCE = 1e-4
@@ -159,9 +159,16 @@ def test_bits_per_byte():
     assert TextScore(np.array([1.0, 2.0, 3.0]), np.array([3])).bits_per_byte(12) == pytest.approx(0.5 / math.log(2))
 
 
+def test_a_perplexity_beyond_floats_is_infinite():
+    assert TextScore(np.array([700.0, 730.0]), np.array([2])).perplexity == math.inf
+
+
 ERRORS = {
     "one token": ([3], {}, "tokens: got 1; allowed: at least 2"),
     "an id out of range": ([3, 4, 250], {}, "tokens: got id 250 at token 2; allowed: 0 to 249"),
+    "an id that is 5 in 32 bits": ([3, 2**32 + 5], {}, "tokens: got id 4294967301 at token 1; allowed: 0 to 249"),
+    "floats": (TOKENS / 2, {}, "tokens: got float64 of shape .150,.; allowed: integers of shape"),
+    "rows": ([[3, 4]], {}, "tokens: got int64 of shape .1, 2.; allowed: integers of shape"),
     "no context": (TOKENS, dict(context=0), "context: got 0; allowed: a positive integer"),
     "a stride over the context": (TOKENS, dict(context=8, stride=9), "stride: got 9; allowed: from 1 to the context"),
     "no batch": (TOKENS, dict(batch_size=0), "batch_size: got 0; allowed: a positive integer"),
@@ -169,7 +176,7 @@ ERRORS = {
 
 
 @pytest.mark.parametrize("case", ERRORS)
-def test_a_bad_argument_is_named(case):
+def test_a_bad_argument_is_named(case, without_type_checks):  # noqa: F811
     tokens, options, message = ERRORS[case]
     with pytest.raises(ValueError, match=message):
         perplexity(model_of("siso"), tokens, **options)
@@ -255,6 +262,14 @@ BAD_COMMANDS = {
     "an option of lengths": (
         ["--perplexity", "{}/one", "--trained_length", "8"],
         "trained_length: got 8 without lengths; allowed: with lengths",
+    ),
+    "a context beside lengths": (
+        ["--perplexity", "{}/one", "--lengths", "[64]", "--context", "8"],
+        "context: got 8 with lengths; allowed: without lengths",
+    ),
+    "a batch of one sequence": (
+        ["--perplexity", "{}/one", "--carry_state", "true", "--batch_size", "8"],
+        "batch_size: got 8 with carry_state; allowed: without carry_state",
     ),
     "an unknown option": (["--perplexity", "{}/one", "--strid", "8"], "allowed: model, perplexity, context, stride"),
 }

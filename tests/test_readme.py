@@ -1,5 +1,6 @@
 """The README keeps its word: its snippets run, and what it names exists."""
 
+import json
 import re
 import shutil
 import subprocess
@@ -84,6 +85,23 @@ def test_decode_times_are_the_committed_ones():
     rows = {cells[0].split()[0].strip(","): cells[1:] for cells in _tables(README) if len(cells) == 6}
     for name in ("SISO", "MIMO"):
         assert rows[name] == [found[f"mamba3-{name.lower()}-1.5b", b, "1", dtype] for b, dtype in batches]
+
+
+def test_rates_and_seconds_of_generation_are_the_committed_ones():
+    """Of a row's steps, of a prompt to three digits, and of table 7."""
+    rows = json.loads(_committed("results/generation_latency/summary.json"))["rows"]
+    by_name = {row["name"].removesuffix(",state float32"): row for row in rows}
+    rates, seconds = {}, {}
+    for kind in ("siso", "mimo"):
+        prompt = 65536 / by_name[f"prefill,mamba3-{kind}-1.5b,b=1 t=65536"]["s"]
+        rates[kind] = f"{float(format(prompt, '.3g')):,.0f}"
+        table_7 = (by_name[f"{what},mamba3-{kind}-1.5b,b=128 t=2048"] for what in ("prefill", "prefill+decode"))
+        seconds[kind] = " and ".join(f"{row['s']:.2f}" for row in table_7)
+    step = 1e3 / by_name["decode,mamba3-siso-1.5b,b=1 t=1"]["ms"]
+    text = " ".join(README.split())
+    assert f"as after one: {step:.0f} tokens/s, SISO." in text
+    assert f"read at {rates['siso']} tokens/s by SISO and {rates['mimo']} by MIMO." in text
+    assert f"take {seconds['siso']} s for SISO" in text and f", and {seconds['mimo']} s for MIMO" in text
 
 
 def test_training_rates_are_the_committed_ones():

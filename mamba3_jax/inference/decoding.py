@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int, Key, UInt
 
-from mamba3_jax.checks import check_choice
+from mamba3_jax.checks import check_choice, check_ids
 from mamba3_jax.inference.reading import Prompt, keep, merge, pieces, read, split
 from mamba3_jax.inference.sampling import Filters, Sampling, sample
 from mamba3_jax.layers import AttentionState, MixerState
@@ -92,8 +92,8 @@ def generate(
         state_dtype: of the SSM states while decoding. On GPUs bfloat16 halves the bytes of a step.
 
     Raises:
-        ValueError: an empty prompt, an id outside the vocabulary, a state of another model or batch, a number that is
-            not allowed.
+        ValueError: an empty prompt, one that is no row of ids of the vocabulary, a state of another model or batch, a
+            number that is not allowed.
     """
     stream = Stream(
         model,
@@ -129,7 +129,7 @@ class Stream:
         state_dtype: StateDtype = "float32",
         slice_tokens: int = STREAM_SLICE,
     ):
-        if max_new_tokens < 1:
+        if not isinstance(max_new_tokens, (int, np.integer)) or max_new_tokens < 1:
             raise ValueError(f"max_new_tokens: got {max_new_tokens}; allowed: a positive integer")
         if not 1 <= slice_tokens <= SLICE:
             raise ValueError(f"slice_tokens: got {slice_tokens}; allowed: 1 to {SLICE}")
@@ -322,13 +322,10 @@ def _checked(prompts: Sequence[Prompt] | None, v: int, may_be_empty: bool) -> li
     """Prompts as arrays of ids of the vocabulary."""
     if prompts is None or len(prompts) == 0:
         raise ValueError("prompts: got none; allowed: at least one, or the state of earlier ones")
-    checked = [np.asarray(prompt, np.int64) for prompt in prompts]
+    checked = [check_ids("prompts", prompt, v, f" in row {row}") for row, prompt in enumerate(prompts)]
     for row, prompt in enumerate(checked):
         if prompt.size == 0 and not may_be_empty:
             raise ValueError(f"prompts: got an empty one in row {row}; allowed: at least one token")
-        wrong = prompt[(prompt < 0) | (prompt >= v)]
-        if wrong.size:
-            raise ValueError(f"prompts: got id {wrong[0]} in row {row}; allowed: 0 to {v - 1}")
     return checked
 
 

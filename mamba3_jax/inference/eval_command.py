@@ -28,6 +28,8 @@ HARNESS_ROWS = 8
 # Options that mean nothing without another one.
 NEEDS = dict(stride="perplexity", carry_state="perplexity", lengths="perplexity", trained_length="lengths")
 NEEDS |= dict(limit="tasks", num_fewshot="tasks", include_path="tasks", add_bos_token="tasks")
+# And with another one.
+EXCLUDES = dict(context="lengths", batch_size="carry_state")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +82,9 @@ class EvalConfig:
             check_lengths(self.lengths)
         if (self.stride is not None) + self.carry_state + bool(self.lengths) > 1:
             raise ValueError("lengths: got more than one of stride, carry_state and lengths; allowed: one of them")
+        for name, other in EXCLUDES.items():
+            if getattr(self, name) != getattr(type(self), name) and getattr(self, other):
+                raise ValueError(f"{name}: got {getattr(self, name)} with {other}; allowed: without {other}")
         for name, needed in NEEDS.items():
             if getattr(self, name) != getattr(type(self), name) and not getattr(self, needed):
                 raise ValueError(f"{name}: got {getattr(self, name)} without {needed}; allowed: with {needed}")
@@ -94,8 +99,6 @@ def main(argv: list[str]) -> int:
         _evaluate(config, command_line(["eval", *argv]))
     except (ValueError, NotImplementedError) as error:
         fail(str(error))
-    except OSError as error:
-        fail(f"results_dir: got {config.results_dir} ({error.strerror}); allowed: a folder that can be written")
     return 0
 
 

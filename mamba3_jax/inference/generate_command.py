@@ -95,9 +95,19 @@ def main(argv: list[str]) -> int:
         fail(str(error))
     except KeyboardInterrupt:
         print(flush=True)
-        if config.save_state is not None:
-            print(f"save_state: {config.save_state} is not written, because the text was cut short", file=sys.stderr)
+        _tell_unsaved(config)
         return INTERRUPTED
+    except BrokenPipeError:
+        # Whoever read the text has seen enough of it, but a state was asked for as well.
+        if config.save_state is None:
+            raise
+        _tell_unsaved(config)
+        return 1
+
+
+def _tell_unsaved(config: GenerateConfig) -> None:
+    if config.save_state is not None:
+        print(f"save_state: {config.save_state} is not written, because the text was cut short", file=sys.stderr)
 
 
 def _run(config: GenerateConfig) -> int:

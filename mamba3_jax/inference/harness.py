@@ -70,7 +70,8 @@ class Mamba3LM(TemplateLM):
         seed: of sampling, for the tasks that ask for it; request i of those of one kind draws with seed + i.
 
     Raises:
-        ValueError: a tokenizer with more ids than the model, a number that is not positive, or no prefix.
+        ValueError: a tokenizer with more ids than the model, a number that is not positive, no prefix, or one that
+            is no id of the model.
     """
 
     def __init__(
@@ -100,6 +101,8 @@ class Mamba3LM(TemplateLM):
         self._prefix = begin if prefix_token is None else prefix_token
         if self._prefix is None:
             raise ValueError("prefix_token: got None with a tokenizer without a mark of a beginning; allowed: an id")
+        if not 0 <= self._prefix < model.config.vocab_size:
+            raise ValueError(f"prefix_token: got {self._prefix}; allowed: 0 to {model.config.vocab_size - 1}")
         self._mark = tokenizer.decode([self._prefix])
         self._special = list(tokenizer.prefix) or [self._prefix]
         self._add_special = bool(tokenizer.prefix) if add_bos_token is None else add_bos_token

@@ -15,6 +15,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Float, Int
 
+from mamba3_jax.checks import check_ids
 from mamba3_jax.inference.progress import progress
 from mamba3_jax.inference.scores import score
 from mamba3_jax.models import LM
@@ -42,7 +43,11 @@ class TextScore:
 
     @property
     def perplexity(self) -> float:
-        return math.exp(self.mean)
+        """exp(mean); inf where that is more than a float holds."""
+        try:
+            return math.exp(self.mean)
+        except OverflowError:
+            return math.inf
 
     @property
     def standard_error(self) -> float | None:
@@ -85,7 +90,7 @@ def perplexity(
         batch_size: windows per call; None reads about 16384 tokens per call.
 
     Raises:
-        ValueError: fewer than two tokens, ids out of range, or a context, stride or batch_size out of range.
+        ValueError: fewer than two tokens, not ids of the vocabulary, or a context, stride or batch_size out of range.
     """
     tokens = _checked(model, tokens)
     _check_positive("context", context)
@@ -219,14 +224,10 @@ def _nll_of_rows(
 
 
 def _checked(model: LM, tokens: Sequence[int] | Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
-    ids = np.asarray(tokens, np.int32)
+    ids = check_ids("tokens", tokens, model.config.vocab_size)
     if ids.size < 2:
         raise ValueError(f"tokens: got {ids.size}; allowed: at least 2, because the first one is not scored")
-    vocab = model.config.vocab_size
-    wrong = np.flatnonzero((ids < 0) | (ids >= vocab))
-    if wrong.size:
-        raise ValueError(f"tokens: got id {ids[wrong[0]]} at token {wrong[0]}; allowed: 0 to {vocab - 1}")
-    return ids
+    return ids.astype(np.int32)
 
 
 def _check_positive(name: str, value: int) -> None:

@@ -54,8 +54,12 @@ def read_text(name: str, path: Path) -> str:
 
 
 def write(folder: Path, report: str, summary: dict, figures: dict[str, Figure]) -> None:
-    """report.md, summary.json and the figures by their names."""
-    for name, figure in figures.items():
-        figure.savefig(folder / name, dpi=130, metadata={"Software": None})
-    (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
-    (folder / "report.md").write_text(report)
+    """report.md, summary.json and the figures by their names; raises ValueError where they cannot be written."""
+    try:
+        for name, figure in figures.items():
+            figure.savefig(folder / name, dpi=130, metadata={"Software": None})
+        (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+        (folder / "report.md").write_text(report)
+    except OSError as error:
+        message = f"results_dir: got {folder} ({error.strerror}); allowed: a folder that can be written"
+        raise ValueError(message) from None

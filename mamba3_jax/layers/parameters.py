@@ -19,15 +19,17 @@ class Undecayed(nnx.Param):
 
 
 class Projection(nnx.Linear):
-    """A linear layer that reads its kernel once, also for a single row on a GPU.
+    """A linear layer that, when called, reads its kernel once, also for a single row on a GPU.
 
     There XLA makes of one row's product an array as large as the kernel, each number rounded to the layer's dtype, and
-    then a sum of it. More rows it multiplies as matrices.
+    then a sum of it. More rows it multiplies as matrices. Of Mamba-3 only out_proj and fc2 are called, and so are the
+    baselines' projections: in_proj, fc1 and the head multiply by themselves, and their products, in float32 or with
+    kernels wider than long, become proper matrix-vector kernels.
     """
 
     def __call__(self, x: Float[Array, "*shape d_in"]) -> Float[Array, "*shape d_out"]:
         multiply = super().__call__
-        if math.prod(x.shape[:-1]) > 1:
+        if math.prod(x.shape[:-1]) != 1:
             return multiply(x)
 
         def as_matrix(x):
