@@ -9,12 +9,14 @@ experiments/tpu_hlo.py in the optimised HLO, the same way for the chunked form i
 of which --peer names. Rows "schedule" have the bundles that the compiler schedules for one step of each kernel: cycles
 of the core, were nothing to wait for memory.
 
-Rows go to metrics.jsonl as they are made; those of the same jax, libtpu and code are not made again. The status is 1 if
-a program does not compile, or if one of the kernels' copies or transposes an array as large as x.
+Rows go to metrics.jsonl as they are made; those of the same jax, libtpu and code (decode steps and sequences each have
+their own) are not made again. The status is 1 if a program does not compile, or if one of the kernels' copies or
+transposes an array as large as x, or moves more than half the bytes of another's.
 """
 
 import dataclasses
 import fnmatch
+import functools
 import hashlib
 import importlib.metadata
 import itertools
@@ -40,10 +42,15 @@ from pallas.tpu.cost_model import Sizes
 ROOT = Path(__file__).resolve().parent.parent
 COUNTED = ("experiments/tpu_programs.py", "experiments/tpu_hlo.py")
 OPERATOR = tuple(f"mamba3_jax/ops/{name}.py" for name in ("chunked", "discretization", "inputs", "output", "rotation"))
-KERNELS = ("operands", "tiles", "forward", "backward", "vjp", "decode", "block_sizes")
-KERNELS = ("mamba3_jax/ops/tpu.py", "mamba3_jax/ops/prepass.py", *(f"pallas/tpu/{name}.py" for name in KERNELS))
-# What a row of each implementation depends on.
-CODE = {"peer": COUNTED, "chunked": COUNTED + OPERATOR, "tpu": COUNTED + KERNELS}
+KERNELS = tuple(f"pallas/tpu/{name}.py" for name in ("operands", "tiles", "forward", "backward", "vjp", "block_sizes"))
+DECODE = ("mamba3_jax/ops/decode.py", "mamba3_jax/ops/discretization.py", "pallas/step.py")
+# What a row depends on: by its implementation, or of a decode step.
+CODE = {
+    "peer": COUNTED,
+    "chunked": COUNTED + OPERATOR,
+    "tpu": COUNTED + ("mamba3_jax/ops/tpu.py", "mamba3_jax/ops/prepass.py") + KERNELS,
+    "decode": COUNTED + DECODE + ("pallas/tpu/decode.py", "pallas/tpu/tiles.py"),
+}
 WHAT = {"forward": "forward", "forward_backward": "forward + backward", "decode": "decode step"}
 
 
@@ -148,23 +155,38 @@ def _schedule(cell: Cell) -> dict[str, int]:
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def identity(implementation: str) -> dict:
+def identity(what: str, implementation: str) -> dict:
     """What must be the same for a row to stand."""
     code = hashlib.sha256()
-    for name in CODE[implementation]:
+    for name in CODE["decode" if what.endswith("decode") else implementation]:
         code.update((ROOT / name).read_bytes())
     return dict(jax=jax.__version__, libtpu=importlib.metadata.version("libtpu"), code=code.hexdigest()[:12])
 
 
 def failures(rows: list[dict]) -> list[str]:
-    """What should not be: kernels that do not compile or whose program moves an array as large as x."""
+    """What should not be: programs that do not compile, kernels whose program moves an array as large as x, or more
+    than half the bytes of another's."""
     found = []
     for row in rows:
         if "reason" in row and row["implementation"] != "peer":
             found.append(f"{row['name']}: {row['reason']}")
         elif row["implementation"] == "tpu" and row.get("moves"):
             found.append(f"{row['name']}: moves an array as large as x: {', '.join(row['moves'])}")
+        found += [
+            f"{row['name']}: moves {row['hbm_bytes'] / 1e9:.2f} GB, more than half of the "
+            f"{theirs['hbm_bytes'] / 1e9:.2f} of {theirs['implementation']}"
+            for theirs in _beside(row, rows)
+            if 2 * row["hbm_bytes"] > theirs["hbm_bytes"]
+        ]
     return found
+
+
+def _beside(row: dict, rows: list[dict]) -> list[dict]:
+    """What others move in the same pass of SISO, where `row` is ours."""
+    if row["implementation"] != "tpu" or row["r"] != 1 or "hbm_bytes" not in row:
+        return []
+    same = [other for other in rows if all(other[name] == row[name] for name in ("chip", "what", "shape"))]
+    return [other for other in same if other["implementation"] != "tpu" and "hbm_bytes" in other]
 
 
 def render(summary: dict) -> str:
@@ -216,7 +238,8 @@ def _predictions(rows: list[dict]) -> list[str]:
         "## Predicted times",
         "",
         "By schedule: bundles of one step (the parts of a step that run once per chunk or row count every time) times "
-        "steps, over clock and cores. By the cost model: `mamba3 bench --cost_model tpu`. Neither was measured.",
+        "steps, over clock and cores. By the cost model: `mamba3 bench --cost_model tpu`, which also says what binds. "
+        "Both are of the kernels alone, and neither was measured.",
         "",
         "| chip | | kernel | bundles per step | by schedule, ms | HBM, ms | cost model, ms | binds |",
         "|" + " --- |" * 8,
@@ -227,8 +250,7 @@ def _predictions(rows: list[dict]) -> list[str]:
             seconds, prediction = predicted(row, what, bundles)
             form = "SISO" if row["r"] == 1 else f"MIMO r={row['r']}"
             cells = [row["chip"], form, what, bundles, f"{1e3 * seconds:.2f}", f"{1e3 * prediction.units['HBM']:.2f}"]
-            binds = "HBM" if prediction.units["HBM"] > seconds else prediction.binds
-            cells += [f"{1e3 * prediction.seconds:.2f}", binds]
+            cells += [f"{1e3 * prediction.seconds:.2f}", prediction.binds]
             lines.append("| " + " | ".join(map(str, cells)) + " |")
     return lines
 
@@ -284,8 +306,10 @@ def main(argv: list[str]) -> int:
     rows = {row["name"]: row for row in stored}
     wanted = cells(config)
     if config.measure:
-        same = {name: identity(name) for name in CODE}
-        rows = {name: row for name, row in rows.items() if same[row["implementation"]].items() <= row.items()}
+        same = functools.cache(identity)
+        rows = {
+            name: row for name, row in rows.items() if same(row["what"], row["implementation"]).items() <= row.items()
+        }
         chosen = [cell for cell in wanted if fnmatch.fnmatch(cell.name, command.only)]
         if not chosen:
             fail(f"only: got {command.only!r}, which matches no cell; allowed: a pattern of {wanted[-1].name!r}")
@@ -294,7 +318,7 @@ def main(argv: list[str]) -> int:
                 if cell.name in rows and "reason" not in rows[cell.name]:
                     continue
                 row = dict(name=cell.name, **cell._asdict()) | dict(shape=str(cell.shape))
-                row |= measure(cell, config) | same[cell.implementation]
+                row |= measure(cell, config) | same(cell.what, cell.implementation)
                 rows[cell.name] = row
                 file.write(json.dumps(row) + "\n")
                 file.flush()

@@ -176,6 +176,7 @@ def run_command(*options) -> subprocess.CompletedProcess:
     return subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
+@pytest.mark.tpu_compile
 @NEEDS_LIBTPU
 def test_a_step_for_two_slices_cuts_the_state_and_fits(tmp_path):
     done = run_command("--topology=v5e:2x2", "--mesh.slices=2", f"--summary={tmp_path / 'summary.json'}")
@@ -190,6 +191,7 @@ def test_a_step_for_two_slices_cuts_the_state_and_fits(tmp_path):
     assert "ssm on tpu: implementation 'tpu'" in done.stdout and "2 slices of v5e:2x2: 8 x TPU v5 lite" in done.stdout
 
 
+@pytest.mark.tpu_compile
 @NEEDS_LIBTPU
 def test_a_step_that_does_not_fit_says_by_which_buffers_and_what_to_change():
     rows = ["--data.batch_size=8192", "--data.context=8192", "--loss_chunk=8192"]

@@ -111,3 +111,10 @@ def test_an_explicit_choice_never_falls_back():
     expected = "implementation: got 'tpu' on a machine with cpu devices.* need a TPU; allowed: recurrent, chunked"
     with pytest.raises(NotImplementedError, match=expected):
         ssm(**make(5), implementation="tpu")
+
+
+@pytest.mark.parametrize("kernel", ["triton", "tpu"])
+def test_the_kernels_choose_their_chunks(kernel):
+    expected = f"^chunk_size: got 512 for implementation '{kernel}'; allowed: None, since the kernels choose theirs$"
+    with pytest.raises(ValueError, match=expected):
+        ssm(**make(5), implementation=kernel, chunk_size=512)

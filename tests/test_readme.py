@@ -67,7 +67,7 @@ def test_bytes_of_the_tpu_kernels_are_the_committed_ones():
 def test_predictions_of_the_tpu_kernels_are_the_cost_models():
     rows = bench_command.rows(bench_command.Config())
     forward, both = (1e3 * sum(p.seconds for *_, p in rows[name]) for name in ("forward", "forward + backward"))
-    assert f"{forward:.1f} ms\nforward and {both:.1f} ms forward and backward at b=8 t=8192 h=32" in README
+    assert f"{forward:.1f} ms forward and {both:.1f} ms forward and backward at b=8 t=8192 h=32" in README
 
 
 def test_steps_for_pods_are_the_committed_ones():

@@ -1,13 +1,17 @@
 """The cost model of the TPU kernels: bytes as the kernels' operands have them, and what `mamba3 bench` says."""
 
 import functools
+import itertools
+import json
 import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import pytest
 
 from experiments.kernel_programs import Shape, arrays
+from experiments.tpu_compile import predicted
 from mamba3_jax import bench_command
 from mamba3_jax.cli import main
 from mamba3_jax.ops import SSMState, api, ssm
@@ -15,8 +19,9 @@ from mamba3_jax.ops.decode import decode
 from pallas.tpu import cost_model
 from pallas.tpu.block_sizes import default_block_sizes
 from pallas.tpu.chips import CHIPS, chip_of
-from pallas.tpu.cost_model import Sizes, predict
+from pallas.tpu.cost_model import INFLATION, Sizes, predict
 
+ROOT = Path(__file__).resolve().parent.parent
 V5E = CHIPS["v5e"]
 LAYER = Sizes(b=8, t=8192, h=32, p=64, n=128, s=32)
 
@@ -97,12 +102,44 @@ def test_work_grows_with_what_it_is_of():
 
 
 def test_a_prediction_is_no_faster_than_any_unit_and_names_the_one_that_binds():
-    for chip in CHIPS.values():
-        step = predict(cost_model.decode(LAYER._replace(b=128), chip), "decode", LAYER._replace(b=128), chip)
-        both = predict(cost_model.backward(LAYER, chip, 128), "backward", LAYER, chip)
-        for prediction in (step, both):
-            assert prediction.seconds >= max(prediction.units.values()) == prediction.units[prediction.binds]
+    """Which takes all of the time: HBM by its bytes alone, another unit as the schedule keeps it busy."""
+    found = set()
+    for chip, sizes in itertools.product(CHIPS.values(), (LAYER._replace(b=128), LAYER._replace(b=128, r=4))):
+        step = predict(cost_model.decode(sizes, chip), "decode", sizes, chip)
+        both = predict(cost_model.backward(sizes, chip, 128), "backward", sizes, chip)
+        for what, prediction in (("decode", step), ("backward", both)):
+            assert prediction.seconds >= max(prediction.units.values())
+            assert (prediction.binds == "HBM") == (prediction.seconds == prediction.units["HBM"])
+            if prediction.binds != "HBM":
+                assert prediction.seconds == INFLATION[what] * prediction.units[prediction.binds]
+            found.add((what, prediction.binds))
+    # On v5e a step waits for its bytes, on the newer chips for the vector unit.
+    assert found == {("decode", "HBM"), ("decode", "VPU"), ("backward", "VPU"), ("backward", "MXU")}
     assert predict(cost_model.decode(LAYER._replace(b=128), V5E), "decode", LAYER, V5E).binds == "HBM"
+
+
+def committed() -> list[dict]:
+    return json.loads((ROOT / "results/tpu_compile/summary.json").read_text())["rows"]
+
+
+def test_chunked_moves_what_was_counted():
+    counted = {row["what"]: row for row in committed() if row["implementation"] == "chunked"}
+    assert counted
+    for what, row in counted.items():
+        shape = Shape.parse(row["shape"])
+        sizes = Sizes(shape.b, shape.t, shape.h, shape.p, shape.n, shape.g, s=shape.n // 4)
+        assert cost_model.chunked(sizes, what, 256).bytes == pytest.approx(row["hbm_bytes"], rel=0.01), what
+
+
+def test_schedules_are_as_much_longer_than_the_busiest_unit_as_counted():
+    """Of SISO on v5e, which INFLATION is read from."""
+    rows = [row for row in committed() if row["chip"] == "v5e" and row["r"] == 1 and "bundles" in row]
+    assert len(rows) == 2
+    for kernel, bundles, row in ((*item, row) for row in rows for item in row["bundles"].items()):
+        what = kernel.removeprefix("ssm_tpu_")
+        seconds, prediction = predicted(row, what, bundles)
+        busiest = max(time for unit, time in prediction.units.items() if unit != "HBM")
+        assert INFLATION[what] == pytest.approx(seconds / busiest, rel=0.1), what
 
 
 def test_heads_that_do_not_fill_the_lanes_with_their_group_are_padded():
@@ -211,6 +248,13 @@ def test_bench_prints_predictions_beside_the_peer(capsys):
     assert f"{1e3 * forward.seconds:.3f}" in text and f"{1e3 * backward.seconds:.3f}" in text
     assert main(["bench", "--chip", "v6e"]) == 0
     assert "measured" not in capsys.readouterr().out.replace("not measurements", "")
+
+
+def test_bench_says_why_there_is_no_step(capsys):
+    """What the decode kernel would raise."""
+    assert main(["bench", "--h", "12", "--n", "2048", "--decode_b", "1"]) == 0
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("decode step, b=1"))
+    assert "state.ssm: got 6291456 bytes of 12 heads" in line
 
 
 @pytest.mark.parametrize("options, expected", [

@@ -115,6 +115,22 @@ def test_what_should_not_be_is_named(rows):
     assert "## What failed" in render(dict(command="mamba3", jax="0", libtpu="0", rows=rows))
 
 
+def test_more_than_half_of_what_another_moves_is_named(rows):
+    chunked = next(r for r in rows if r["implementation"] == "chunked")
+    ours = next(r for r in rows if r["implementation"] == "tpu" and r["what"] == chunked["what"] and r["r"] == 1)
+    ours["hbm_bytes"] = chunked["hbm_bytes"] // 2 + 1
+    assert failures(rows) == [f"{ours['name']}: moves 1.50 GB, more than half of the 3.00 of chunked"]
+
+
+def test_a_change_of_the_decode_step_makes_no_row_of_a_sequence_stale(monkeypatch):
+    monkeypatch.setitem(tpu_compile.CODE, "decode", ("pyproject.toml",))
+    changed = tpu_compile.identity("decode", "tpu")
+    assert changed == tpu_compile.identity("schedule decode", "tpu")
+    monkeypatch.undo()
+    assert "pallas/tpu/decode.py" not in tpu_compile.CODE["tpu"] and changed != tpu_compile.identity("decode", "tpu")
+    assert tpu_compile.identity("decode", "tpu") != tpu_compile.identity("schedule forward_backward", "tpu")
+
+
 def test_without_libtpu_the_smoke_run_says_so_and_passes(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(tpu_programs, "libtpu_missing", lambda: "libtpu is not installed (the extra tpu)")
     assert main(["experiment", "tpu_compile", "--smoke", f"--results_dir={tmp_path}"]) == 0
@@ -131,7 +147,7 @@ def test_rows_are_made_once_and_written_at_once(tmp_path, monkeypatch):
 
     monkeypatch.setattr(tpu_programs, "libtpu_missing", lambda: None)
     monkeypatch.setattr(tpu_compile, "measure", measure)
-    monkeypatch.setattr(tpu_compile, "identity", lambda implementation: dict(jax="0", libtpu="0", code=implementation))
+    monkeypatch.setattr(tpu_compile, "identity", lambda *of: dict(jax="0", libtpu="0", code=of[-1]))
     run = ["experiment", "tpu_compile", "--smoke", f"--results_dir={tmp_path}"]
     assert main([*run, "--only", "*decode*"]) == 0 and main(run) == 0 and main(run) == 0
     assert len(made) == len(set(made)) == 6

@@ -105,7 +105,8 @@ def ssm(
         implementation: None picks by backend and shape; an explicit choice never falls back. "triton", the kernels for
             NVIDIA GPUs, runs under `jit` with shardings on each device's rows and heads, and inside a `shard_map` over
             all axes of the mesh with check_vma=False; "tpu", those for TPUs, on one device and inside such a shard_map.
-        chunk_size: largest chunk of "chunked"; None takes a measured default.
+        chunk_size: largest chunk of "chunked", where that is picked; None takes a measured default. The kernels choose
+            theirs, and by name they refuse it.
 
     Returns:
         y, and the state after the last token (of the last document of each row).
@@ -117,6 +118,11 @@ def ssm(
     call = _check(
         x, B, C, dt, A, lam, omega, B_bias, C_bias, D, z, mimo_x, mimo_z, mimo_o, rotation, segment_ids, chunk_size
     )
+    if implementation in DEVICES and chunk_size is not None:
+        raise ValueError(
+            f"chunk_size: got {chunk_size} for implementation {implementation!r}; allowed: None, since the kernels "
+            "choose theirs"
+        )
     if initial_state is not None:
         _check_state(initial_state, call)
     if (mesh := cutting_mesh()) is not None:

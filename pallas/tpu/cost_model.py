@@ -21,13 +21,15 @@ from pallas.tpu.chips import CHIPS, LANES, VREG, Chip, chip_of, device_kind, pad
 
 # What a kernel computes with float32 operands is made of products of bfloat16 parts.
 FLOAT32_PASSES = 6
-# Bundles that libtpu 0.0.52 schedules for one step, over the cycles of the busiest unit as counted here: for v5e 1.9,
-# 2.2 and 3.1 for SISO (the vector unit), 1.7, 1.8 and 2.9 for MIMO r=4 (the matrix unit). Of chunked XLA, whose fusions
-# do not hide their transfers so well: the cycles that XLA estimates for all of them, over what their bytes would take.
-INFLATION = {"forward": 1.9, "backward": 2.2, "decode": 3.0, "chunked": 2.5}
-# Of the chunked form in bfloat16, counted in its optimised HLO for v5e at b=8 t=2048 h=64 p=64 n=128, chunks of 256
-# tokens: bytes per token, head, rank and number of p + n, forward and forward + backward; of ranks by proportion only.
-CHUNKED_BYTES = {"forward": 31.1, "forward_backward": 139.4}
+# Bundles that libtpu 0.0.50.1 schedules for one step, over the cycles of the busiest unit as counted here: for v5e 1.9,
+# 2.2 and 3.0 for SISO (the vector unit), 1.7, 1.8 and 2.9 for MIMO r=4 (the matrix unit). Of chunked XLA, whose fusions
+# do not hide their transfers so well: the cycles that XLA estimates for all of them, over what their bytes would take,
+# for v5e 1.9 forward and 1.6 forward and backward.
+INFLATION = {"forward": 1.9, "backward": 2.2, "decode": 3.0, "chunked": 1.75}
+# Of the chunked form in bfloat16, counted in the HLO that libtpu 0.0.50.1 optimised for v5e at b=8 t=2048 h=64 p=64
+# n=128, chunks of 256 tokens (results/tpu_compile): bytes per token, head, rank and number of p + n, forward and
+# forward + backward; of ranks by proportion only.
+CHUNKED_BYTES = {"forward": 42.5, "forward_backward": 181.8}
 
 
 class Sizes(NamedTuple):
@@ -54,14 +56,21 @@ class Work(NamedTuple):
 
 
 class Prediction(NamedTuple):
-    """Seconds: of each unit alone if it were always busy, the longest of which `binds`, and of the call."""
+    """Seconds of each unit: `units` if it were always busy, `scheduled` as the call takes for it, which INFLATION says.
+
+    The longest of these `binds`, and is the call's `seconds`.
+    """
 
     units: dict[str, float]
-    seconds: float
+    scheduled: dict[str, float]
 
     @property
     def binds(self) -> str:
-        return max(self.units, key=self.units.__getitem__)
+        return max(self.scheduled, key=self.scheduled.__getitem__)
+
+    @property
+    def seconds(self) -> float:
+        return self.scheduled[self.binds]
 
 
 def predict(work: Work, what: str, sizes: Sizes, chip: Chip) -> Prediction:
@@ -77,8 +86,9 @@ def predict(work: Work, what: str, sizes: Sizes, chip: Chip) -> Prediction:
         "EUP": work.eup / (chip.eups * cycles),
     }
     overlaps = what != "chunked"  # a kernel's transfers do
-    busiest = max(time for unit, time in units.items() if not overlaps or unit != "HBM")
-    return Prediction(units, max(units["HBM"], INFLATION[what] * busiest))
+    return Prediction(
+        units, {unit: time * (1 if overlaps and unit == "HBM" else INFLATION[what]) for unit, time in units.items()}
+    )
 
 
 def estimate(what: str, sizes: Sizes, **options) -> pl.CostEstimate:
@@ -129,9 +139,12 @@ def backward(sizes: Sizes, chip: Chip, chunk: int) -> Work:
 
 
 def decode(sizes: Sizes, chip: Chip, state_itemsize: int = 4) -> Work:
-    """The decode kernel, one step: t is not read. Bytes as the arrays lie in memory, with last axes of 128."""
-    b, _, h, p, n, g, r, s, itemsize = sizes
-    lanes = padded_up(p)
+    """The decode kernel, one step: t is not read. Bytes as the arrays lie in memory, with last axes of 128.
+
+    Where n is not a multiple of 128, XLA's copies of the state to that and back come on top.
+    """
+    b, _, h, p, _, g, r, s, itemsize = sizes
+    n, lanes = padded_up(sizes.n), padded_up(p)
     state = b * h * (p * n + r * n + lanes) * state_itemsize + b * h * LANES * 4 * (s > 0)
     token = b * h * (3 * lanes * itemsize + LANES * 4) + 2 * b * r * g * n * itemsize
     weights = h * r * (2 * n + (3 * lanes if r > 1 else 0)) * 4

@@ -4,8 +4,10 @@
     h' = decay (h + carry sum_r v_prev k_prev^T) + gamma sum_r v k^T
     y  = sum_r mimo_o (h' q + D v) silu(mimo_z z)     with v = mimo_x x, and all three mimo arrays 1 for SISO
 
-Section 3 of arXiv:2603.15569; letters as in mamba3_jax/ops/api.py. The step reads and writes the state h (b, h, p, n)
-once, in place, and is bound by those bytes; all else has to hide behind them, which on a v5e leaves 120 cycles a head.
+Section 3 of arXiv:2603.15569; letters as in mamba3_jax/ops/api.py. Where n is a multiple of 128 the step reads and
+writes the state h (b, h, p, n) once, in place, and is bound by those bytes; all else has to hide behind them, which on
+a v5e leaves 120 cycles a head. Another n lies on whole lanes here but not in XLA's arrays, so that XLA copies the state
+there and back: for n=64 on a v5e ten times its bytes, where the recurrence in XLA moves thirteen times.
 So the channels n stay on the lanes in the checkpoint's order, where a pair is (2i, 2i+1) ("interleaved") or
 (i, i + n/2) ("half"): the partner of a channel is one or two rolls away. Updates are made by the vector unit, exactly,
 from columns of v that are transposed for all heads of a block at once, and reads of the state by the matrix unit.
@@ -23,6 +25,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas.step import Pairing, State, Token, Weights, check_dtypes, output_shape
+from pallas.tpu.chips import padded_up
 from pallas.tpu.cost_model import Sizes, estimate
 from pallas.tpu.tiles import cosine, nearest
 
@@ -50,8 +53,25 @@ class BlockSizes:
 def default_block_sizes(b: int, h: int, g: int, p: int, n: int, itemsize: int) -> BlockSizes:
     """For a state of `itemsize` bytes per number. Without 8 heads that share B and C, all heads are one block."""
     heads = HEADS if h // g % HEADS == 0 else h
-    most = max(1, BLOCK_BYTES // (heads * p * n * itemsize))
+    most = max(1, BLOCK_BYTES // (heads * _head_bytes(p, n, itemsize)))
     return BlockSizes(max(rows for rows in range(1, b + 1) if b % rows == 0 and rows <= most), heads)
+
+
+def unfit(heads: int, p: int, n: int, itemsize: int) -> str | None:
+    """Why the states of `heads` that share a block do not fit; None where they do."""
+    needed = heads * _head_bytes(p, n, itemsize)
+    if needed <= MAX_BLOCK_BYTES:
+        return None
+    return (
+        f"state.ssm: got {needed} bytes of {heads} heads that share a block (8, or all where groups are not of a "
+        f"multiple of 8); allowed in the tpu decode kernel: at most {MAX_BLOCK_BYTES}"
+    )
+
+
+def _head_bytes(p: int, n: int, itemsize: int) -> int:
+    """Of one head's state in VMEM: n on whole lanes, p on whole tiles of sublanes."""
+    sublanes = 32 // itemsize
+    return -(-p // sublanes) * sublanes * padded_up(n) * itemsize
 
 
 class _Token(NamedTuple):
@@ -291,11 +311,8 @@ def decode_step(
     g = token.B.shape[2]
     check_dtypes(state, token, weights)
     blocks = block_sizes or default_block_sizes(b, h, g, p, n, state.ssm.dtype.itemsize)
-    if (needed := blocks.heads * p * n * state.ssm.dtype.itemsize) > MAX_BLOCK_BYTES:
-        raise NotImplementedError(
-            f"state.ssm: got {needed} bytes of {blocks.heads} heads that share a block (8, or all where groups are not "
-            f"of a multiple of 8); allowed in the tpu decode kernel: at most {MAX_BLOCK_BYTES}"
-        )
+    if reason := unfit(blocks.heads, p, n, state.ssm.dtype.itemsize):
+        raise NotImplementedError(reason)
     clock = jnp.ones((b, h), jnp.float32) if token.clock is None else token.clock
     coefficients = (token.log_decay, token.carry, token.gamma, clock)
 

@@ -103,7 +103,10 @@ def test_extreme_steps_stay_finite():
 
 
 def test_no_races(monkeypatch):
-    """Between copies to and from VMEM and the kernels, forward and backward; JAX tells it in no public way."""
+    """Between copies to and from VMEM and the kernels, forward and backward; JAX tells it in no public way.
+
+    One row of SISO on one core: MIMO, groups and rows shared among cores are not looked at.
+    """
     kernels = []
 
     def detector(*args, **kwargs):

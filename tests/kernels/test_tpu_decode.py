@@ -67,6 +67,12 @@ def test_block_sizes_divide_rows_and_heads_that_share_projections():
         assert blocks.heads == h or h // g % blocks.heads == 0
 
 
+def test_blocks_count_the_lanes_that_n_leaves_empty():
+    """In VMEM 32 channels take as much as 128, and 4 rows of p in bfloat16 as much as 16."""
+    assert default_block_sizes(128, 32, 1, 64, 32, 4) == default_block_sizes(128, 32, 1, 64, 128, 4)
+    assert default_block_sizes(128, 32, 1, 4, 32, 2) == default_block_sizes(128, 32, 1, 16, 128, 2)
+
+
 def test_states_that_do_not_fit_are_named():
     args = make(1, b=1, h=12, p=64, n=2048, s=512)
     with pytest.raises(NotImplementedError, match=r"state.ssm: got 6291456 bytes of 12 heads .*; allowed .* 3145728"):
