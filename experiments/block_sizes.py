@@ -62,8 +62,7 @@ class Config:
     measure: bool = True
 
     def __post_init__(self):
-        if self.measure:
-            self.timing  # raises for a bad value
+        self.timing  # noqa: B018  (raises for a bad value)
 
     @property
     def timing(self) -> kernel_latency.Config:

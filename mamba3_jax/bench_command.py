@@ -138,7 +138,8 @@ def table(config: Config) -> str:
         cells = "".join(f"{value:9.3f}" for value in units.values())
         line = f"{name:33}{megabytes:9.0f}{cells}  {binds:6}{predicted:13.3f}"
         if name in PEER_MS and (config.chip, config.sizes) == ("v5e", PEER_SIZES):
-            line += f"   (mamba3-siso-tpu's whole operator: {PEER_MS[name]} ms measured)"
+            times = PEER_MS[name] / predicted
+            line += f"   (mamba3-siso-tpu's whole operator: {PEER_MS[name]} ms measured, {times:.1f} times as long)"
         lines.append(line)
     inflation = ", ".join(f"{what} {factor:g}" for what, factor in INFLATION.items())
     return "\n".join([

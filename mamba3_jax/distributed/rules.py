@@ -15,6 +15,9 @@ from jaxtyping import Array, Float, Shaped
 
 from mamba3_jax.distributed.mesh import AXES
 
+# The logical axes of an array, one after the other.
+Cut = tuple[str | None, ...]
+
 LOGICAL_AXES: dict[str, tuple[str, ...]] = {
     "batch": ("slice", "data", "fsdp"),
     "copies": ("slice", "data"),
@@ -27,7 +30,7 @@ LOGICAL_AXES: dict[str, tuple[str, ...]] = {
 }
 
 # By the end of a parameter's dotted path.
-PARAMETERS: dict[str, tuple[str | None, ...]] = {
+PARAMETERS: dict[str, Cut] = {
     "embedding": ("vocab", "embed"),
     "head": ("vocab", "embed"),
     "in_proj.kernel": ("storage", None),
@@ -75,7 +78,8 @@ def gathered(matrix: Float[Array, "v d"]) -> Float[Array, "v d"]:
 
 
 def exchanged(part: Float[Array, "*shape"], axis: str | None) -> Float[Array, "*shape"]:
-    """Some channels (d, ..., channels) of a matrix that is cut for storage, as they are used: d whole, channels cut.
+    """Some channels (d, ..., channels) of a matrix that is cut for storage, as they are used: d whole, channels cut
+    along `axis`, if there is one.
 
     In two steps, which the compiler does not find by itself: d is gathered along fsdp, then exchanged along tensor.
     """
@@ -84,11 +88,11 @@ def exchanged(part: Float[Array, "*shape"], axis: str | None) -> Float[Array, "*
     return _recut(part, there, back=[("embed", *inner, axis), ("storage", *inner, None)])
 
 
-def _recut(x: Float[Array, "*shape"], there: list, back: list) -> Float[Array, "*shape"]:
+def _recut(x: Float[Array, "*shape"], there: list[Cut], back: list[Cut]) -> Float[Array, "*shape"]:
     """x, cut one way after the other; its gradient is summed in the parts of `back`, where it would be summed whole."""
 
-    def cut(x: Array, ways: list) -> Array:
-        for axes in ways:
+    def cut(x: Array, cuts: list[Cut]) -> Array:
+        for axes in cuts:
             x = constrain(x, *axes)
         return x
 

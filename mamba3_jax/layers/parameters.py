@@ -47,7 +47,7 @@ def linear(
     dtype: DTypeLike = jnp.float32,
     residual_branches: int = 1,
     use_bias: bool = False,
-) -> "Projection":
+) -> Projection:
     """A projection drawn from U(-1/sqrt(d_in), 1/sqrt(d_in)); its bias, if it has one, starts at 0.
 
     Projections that write into the residual stream are scaled by 1/sqrt(residual_branches), so that the stream's

@@ -491,13 +491,9 @@ def backward(
     )
 
     def joined(u: list[ProjectionGradients], name: str, over) -> jax.Array:
-        return jnp.concatenate([jnp.sum(getattr(one, name), axis=over) for one in u], axis=-1)
-
-    def turning(name: str, over) -> jax.Array:
-        """Of the slabs that turn: what both sides give."""
-        return joined([u for u in C if u.omega is not None], name, over) + joined(
-            [u for u in B if u.omega is not None], name, over
-        )
+        """Of the slabs that have it."""
+        parts = [getattr(one, name) for one in u if getattr(one, name) is not None]
+        return jnp.concatenate([jnp.sum(part, axis=over) for part in parts], axis=-1)
 
     grads = Operands(
         x=values.x,
@@ -519,7 +515,7 @@ def backward(
         scale=weights.scale,
         gamma=weights.gamma,
         clock=sum((u.clock for u in C + B if u.clock is not None), jnp.zeros_like(ops.clock)),
-        omega=turning("omega", 0) if tiling.s else None,
+        omega=joined(C, "omega", 0) + joined(B, "omega", 0) if tiling.s else None,
         theta0=_start_angles(entries, exits, h0, last, dh0, dlast, tiling) if tiling.s else None,
         segment_ids=None,
     )

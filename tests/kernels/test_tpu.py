@@ -102,10 +102,11 @@ def test_extreme_steps_stay_finite():
     chex.assert_tree_all_finite(found)
 
 
-def test_no_races(monkeypatch):
+@pytest.mark.parametrize("kwargs", [dict(b=1), dict(b=2, r=2, mimo=True, g=2, h=4)], ids=["siso", "mimo"])
+def test_no_races(kwargs, monkeypatch):
     """Between copies to and from VMEM and the kernels, forward and backward; JAX tells it in no public way.
 
-    One row of SISO on one core: MIMO, groups and rows shared among cores are not looked at.
+    On one core: rows that two share are not looked at.
     """
     kernels = []
 
@@ -114,7 +115,7 @@ def test_no_races(monkeypatch):
         return kernels[-1]
 
     monkeypatch.setattr(interpreter, "RaceDetectionState", detector)
-    args = arguments(20, b=1)
+    args = arguments(20, **kwargs)
     arrays, static = split_static(args)
     with interpreted(detect_races=True):
         jax.block_until_ready(jax.grad(lambda a: jnp.sum(ssm(**a, **static, implementation="tpu")[0]))(arrays))
