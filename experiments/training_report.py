@@ -178,6 +178,8 @@ def plot(summary: dict) -> plt.Figure:
     if points:
         right.plot(*zip(*points), color="black", marker="o")
         right.set(xscale="log", ylim=(0, 1.15 * max(speed for _, speed in points)))
+        right.set_xticks([t for t, _ in points], [f"{t:,}" for t, _ in points])
+        right.minorticks_off()
     right.set(xlabel="tokens of a row", ylabel="tokens/s", title="as many tokens a step in all")
     for axes in (left, middle, right):
         axes.grid(alpha=0.3)
