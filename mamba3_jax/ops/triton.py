@@ -81,8 +81,11 @@ def triton(
     segments = segments or _segments(b * h, chunks, blocks)
     chunks = -(-chunks // segments) * segments
 
+    precise = inputs.x.dtype == jnp.float32
     padded, z = prepass.pad(inputs, chunks * c), prepass.pad(z, chunks * c)
-    angles = prepass.angles(padded, state, c)
+    angles, decays = prepass.angles(padded, state, c), prepass.decays(padded, c)
+    if not precise:
+        decays |= dict(coarse=decays["coarse"] + decays["fine"], fine=None)
     operands = Operands(
         x=padded.x,
         z=z,
@@ -94,14 +97,14 @@ def triton(
         mimo_x=prepass.float32(inputs.mimo_x),
         mimo_z=prepass.float32(mimo_z),
         mimo_o=prepass.float32(mimo_o),
-        **prepass.decays(padded, c),
+        **decays,
         clock=prepass.head_major(padded.clock),
         omega=padded.omega[:, :, 0] if s else None,
         theta0=angles.before if s else None,
         segment_ids=padded.segment_ids,
     )
     h0 = jnp.swapaxes(enter(inputs, state), 2, 3)
-    y, last = ssm(operands, h0, Tiling(c, r, n, s, p, interpret), segments, blocks)
+    y, last = ssm(operands, h0, Tiling(c, r, n, s, p, precise, interpret), segments, blocks)
     if inputs.mimo_x is not None and mimo_o is None:
         y = y.reshape(b, -1, r, h, p)
     return y[:, :t], leave(inputs, angles.after, jnp.swapaxes(last, 2, 3), angles.at_start, rotate_interleaved)

@@ -96,7 +96,7 @@ def _value_kernel(
 
 
 # Where outputs keep the block's heads, beside the batch; None: they are shared by the heads.
-_HEAD_AXES = dict(x=1, z=1, mimo_x=1, mimo_z=1, mimo_o=1, entry=0, exit=0, through=0, D=1, fine=0, scale=0, gamma=0,
+_HEAD_AXES = dict(x=1, z=1, mimo_x=1, mimo_z=1, mimo_o=1, entry=0, exit=0, through=0, D=1, cs=0, scale=0, gamma=0,
                   projection=None, bias=1, clock=0, omega=None)  # fmt: skip
 
 
@@ -120,7 +120,7 @@ def _values_side(ops: Operands, dy_ref, entry_ref, exit_ref, out: ValueGradients
     q = tiles.project(tiling, C, ops.C_bias, turns, dtype)
     k = tiles.project(tiling, B, ops.B_bias, turns, dtype)
     Y = sum(tiling.dot(q_, k_, (1, 1)) for q_, k_ in zip(q, k))
-    WY = tiles.with_skip(tiling, ops, tiles.weights(tiling, ops, t0) * Y).astype(dtype)
+    WY = tiles.weighted(tiling, ops, tiles.weights(tiling, ops, t0), Y).astype(dtype)
     o = tiling.dot(WY, v)
     g, slope = _gate(tiling, ops, dy_ref, t0, o)
     o_entry = sum(tiling.dot(q_, entry_ref[slab.channels]) for slab, q_ in zip(slabs, q))
@@ -185,7 +185,7 @@ class WeightGradients(NamedTuple):
     """What the kernel of the scores' weights writes; D None where the operand is."""
 
     D: jax.Array | None  # (b, m, h), to be summed over the chunks
-    fine: jax.Array  # (b, h, t)
+    cs: jax.Array  # (b, h, t)
     scale: jax.Array
     gamma: jax.Array
 
@@ -217,7 +217,7 @@ def _weights_side(ops: Operands, dy_ref, out: WeightGradients, chunk, tiling: Ti
     received = tiling.per_token(jnp.sum(EXY * tiling.of_token(ops.scale, t0)[None, :], axis=1))
     tokens = pl.ds(t0, tiling.c)
     out.scale[tokens] = dscale
-    out.fine[tokens] = received - ops.scale[tokens] * dscale
+    out.cs[tokens] = received - ops.scale[tokens] * dscale
     out.gamma[tokens] = tiling.per_token(jnp.sum(jnp.where(i == j, XY, 0), axis=1))
     if ops.D is not None:
         i, j = (lax.broadcasted_iota(jnp.int32, X.shape, axis) for axis in (0, 1))
@@ -274,9 +274,7 @@ def _query_side(ops: Operands, dy_ref, entry_ref, chunk, tiling: Tiling, slab):
     v = values(tiling, ops, t0)
     g = _output_gradient(tiling, ops, dy_ref, t0)
     M = (tiles.weights(tiling, ops, t0) * tiling.dot(g.astype(dtype), v, (1, 1))).astype(dtype)
-    k = tiles.rotate(
-        tiling, tiles.load(tiling, ops.B, ops.B_bias, t0, slab), tiles.turn(tiling, ops, chunk, slab)
-    ).astype(dtype)
+    k = tiles.load_projected(tiling, ops, "B", chunk, slab)
     seen = (g * tiling.of_token(ops.entry, t0)[:, None]).astype(dtype)
     return tiling.dot(M, k) + tiling.dot(seen, entry_ref[slab.channels], (1, 1))
 
@@ -289,9 +287,7 @@ def _key_side(ops: Operands, dy_ref, exit_ref, chunk, tiling: Tiling, slab):
     g = _output_gradient(tiling, ops, dy_ref, t0).astype(dtype)
     # M^T, made as such: an operand of a product comes from registers as it is, but is transposed through memory.
     M = (tiles.weights(tiling, ops, t0, transposed=True) * tiling.dot(v, g, (1, 1))).astype(dtype)
-    q = tiles.rotate(
-        tiling, tiles.load(tiling, ops.C, ops.C_bias, t0, slab), tiles.turn(tiling, ops, chunk, slab)
-    ).astype(dtype)
+    q = tiles.load_projected(tiling, ops, "C", chunk, slab)
     written = (v.astype(jnp.float32) * tiling.of_token(ops.exit, t0)[:, None]).astype(dtype)
     return tiling.dot(M, q) + tiling.dot(written, exit_ref[slab.channels], (1, 1))
 
@@ -507,8 +503,8 @@ def backward(
             name: None if getattr(values, name) is None else jnp.sum(getattr(values, name), axis=(0, 1))
             for name in ("mimo_x", "mimo_z", "mimo_o")
         },
-        coarse=weights.fine,
-        fine=weights.fine,
+        coarse=weights.cs,
+        fine=None if ops.fine is None else weights.cs,
         entry=values.entry,
         exit=values.exit,
         through=values.through,

@@ -9,8 +9,20 @@ forward 0.93, forward + backward 4.02). The kernels alone, without what api.py p
     0.82   4.5   cumulative decays loaded where they are used, not handed between layouts; gradients summed in memory
     0.81   4.3   weights' gradients apart, dq and dk apart; sums over heads back in registers: hardly any spills
     0.78   4.2   serial passes fetch three chunks ahead
-    not timed    what turns receive from later chunks read off the states, by XLA: predicted + 0.09 for 270 MB, and for
-                 that bfloat16's error of domega falls from 0.019 to 0.008 at t=512, and no longer grows with t
+    0.74   4.1   of bfloat16 operands one cumulative sum of decays, channels that do not turn biased two at a time,
+                 angles not wrapped, silu by tanh: an eighth fewer instructions, a twentieth less time. With what turns
+                 receive from later chunks read off the states (by XLA, not in these times) the gradients of dt and
+                 omega are off by 0.004 and 0.005 at t=1024, before by up to 0.02 and 0.06
+
+    Of the outputs' 0.51 ms reading and writing alone take 0.26 (a kernel that does nothing else). Left out one at a
+    time: turns 0.47, the state's share 0.42, decays 0.45, gate 0.46, the cumulative sum of angles 0.54. So half of it
+    is bytes, hardly hidden: two programs share a multiprocessor, and one waits for its loads while the other computes.
+
+    angles summed by tensor cores (a triangle of ones, two bfloat16 halves): outputs 0.53, spills in the gradients
+    weights' gradients made by the values' kernel: 1500 instructions fewer, 0.5 kB of spills, 1.64 against 1.34
+    all slabs in one kernel of dq and one of dk: 1300 instructions fewer, 1.53 to 1.58 against 1.53
+    values' gradients with dx first, dz last: half of the spills, 1.01 against 0.89: what is loaded late is waited for
+    registers capped at 168 again (three programs per multiprocessor): outputs 0.51, all others slower by 15 to 80%
 
     chunk 128, 8 warps, forward: 0.34 + 0.76 (states + outputs) against 0.25 + 0.52 with 64, 4 warps
     chunk 32, 4 warps, forward: 0.38 + 0.68 (states + outputs), because states are written twice as often
@@ -26,11 +38,10 @@ By the compiler (shared memory of the largest kernel): SISO bfloat16 83 kB, floa
 GPU hold them; MIMO r=4 bfloat16 with loads fetched ahead 206 kB, without 35 kB. MIMO r=4, rows 64, forward and
 forward + backward: 3.8 and 32.4 with, 3.2 and 21.6 without (official TileLang kernels: 2.0 and 16.9).
 
-Next: nothing here is bound by bandwidth (states reach half of it, outputs a third) or by the tensor cores, but by
-latency: two programs of four warps per multiprocessor, five cycles and more per instruction. So fewer registers per
-program; the values' gradients (0.95, 50 spills; MIMO 5.5) in two kernels; the half of the state that does not turn
-needs no operands per head, only a rank-one correction for the bias; and the jnp preparation (theta0 0.06, decays 0.11)
-as one kernel.
+Next: neither bandwidth (the gradients of values take twice their bytes' time) nor the schedulers (36% of what they
+could issue) bind by themselves: loads and arithmetic of so few programs do not overlap. Triton fetches ahead in loops
+only, where the pointers of all tiles spill. Hopper's bulk copies need no such pointers; Mosaic GPU has them. MIMO's
+chunks of 16 tokens keep four times SISO's states (1.1 GB): tiles of 128 rows would halve that.
 """
 
 import dataclasses

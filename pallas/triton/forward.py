@@ -69,8 +69,8 @@ def _output_kernel(chunk_ref, ops: Operands, entry_ref, y_ref, *, tiling: Tiling
     q = tiles.project(tiling, C, ops.C_bias, turns, v.dtype)
     entry = sum(tiling.dot(q_, entry_ref[slab.channels]) for slab, q_ in zip(slabs, q))
     k = tiles.project(tiling, B, ops.B_bias, turns, v.dtype)
-    scores = sum(tiling.dot(q_, k_, (1, 1)) for q_, k_ in zip(q, k)) * tiles.weights(tiling, ops, t0)
-    o = tiling.dot(tiles.with_skip(tiling, ops, scores).astype(v.dtype), v)
+    scores = sum(tiling.dot(q_, k_, (1, 1)) for q_, k_ in zip(q, k))
+    o = tiling.dot(tiles.weighted(tiling, ops, tiles.weights(tiling, ops, t0), scores).astype(v.dtype), v)
     o = tiling.fma(tiling.of_token(ops.entry, t0)[:, None], entry, o)
     if z is not None:
         u = gate(tiling, ops, z)

@@ -16,7 +16,8 @@ class Operands(NamedTuple):
         B_bias, C_bias: added per head before the rotation.
         D: skip.
         mimo_x, mimo_z, mimo_o: rank projections.
-        coarse, fine: two parts of the cumulative sum of the log decay from each chunk's start.
+        coarse, fine: two parts of the cumulative sum of the log decay from each chunk's start; of 16-bit operands
+            coarse is all of it, and fine absent.
         entry: exp(coarse + fine), what a token still sees of the state at the chunk's start; 0 in later documents.
         exit: exp(rest of the chunk's log decay) scale, what the chunk's end sees of a token; 0 for earlier documents.
         through: what the chunk's end keeps of the state at its start.
@@ -38,7 +39,7 @@ class Operands(NamedTuple):
     mimo_z: jax.Array | None  # (h, r, p)
     mimo_o: jax.Array | None  # (h, r, p)
     coarse: jax.Array  # (b, h, t), like the next three; all coefficients are float32
-    fine: jax.Array
+    fine: jax.Array | None
     entry: jax.Array
     exit: jax.Array
     through: jax.Array  # (b, h, chunks)

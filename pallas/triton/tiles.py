@@ -26,13 +26,17 @@ LOG2_E = float(np.log2(np.e))
 
 @dataclasses.dataclass(frozen=True)
 class Tiling:
-    """Sizes of a tile: c tokens, r ranks, n state channels of which 2s turn, p head channels."""
+    """Sizes of a tile: c tokens, r ranks, n state channels of which 2s turn, p head channels.
+
+    `precise` says that operands are float32, and errors of 2^-11 would show.
+    """
 
     c: int
     r: int
     n: int
     s: int
     p: int
+    precise: bool
     interpret: bool = False
 
     @property
@@ -78,11 +82,14 @@ class Tiling:
         )
 
     def cos_sin(self, angle):
-        """Cosine and sine, to 2^-20.9 absolute on [-pi, pi] (the hardware's; libdevice's cost half a kernel)."""
+        """Cosine and sine by the hardware; libdevice's cost half a kernel.
+
+        If precise to 2^-20.9; else not wrapped before, and the error grows with the angle, to 2^-10 at 10^4.
+        """
         if self.interpret:
             return jnp.cos(angle), jnp.sin(angle)
-        angle = self.wrap(angle)
-        return _approximate("cos.approx.f32", angle), _approximate("sin.approx.f32", angle)
+        angle = self.wrap(angle) if self.precise else angle
+        return _ptx("cos.approx.f32", angle), _ptx("sin.approx.f32", angle)
 
     def wrap(self, angle):
         """The same angle in [-pi, pi]."""
@@ -93,28 +100,40 @@ class Tiling:
         """a b + c in one instruction, which this lowering does not make of two."""
         if self.interpret:
             return a * b + c
-        return _approximate("fma.rn.f32", *jnp.broadcast_arrays(a, jnp.float32(b), jnp.float32(c)))
+        return _ptx("fma.rn.f32", *jnp.broadcast_arrays(a, jnp.float32(b), jnp.float32(c)))
 
-    def exp(self, u):
+    def add(self, u, v):
+        """u + v in the dtype of u, bfloat16: two sums in one instruction, and nothing to convert."""
+        v = jnp.broadcast_to(v, u.shape).astype(u.dtype)
+        if self.interpret:
+            return u + v
+        # Not add.bf16x2, which GPUs before Hopper lack.
+        return _ptx("{ .reg .b32 one; mov.b32 one, 0x3f803f80; fma.rn.bf16x2 $0, $1, one, $2; }", u, v)
+
+    def exp2(self, u):
         """To 2^-21 relative."""
-        return jnp.exp(u) if self.interpret else _approximate("ex2.approx.ftz.f32", u * LOG2_E)
+        return jnp.exp2(u) if self.interpret else _ptx("ex2.approx.ftz.f32", u)
 
     def sigmoid(self, u):
-        """To 2^-21, without the division's slow path."""
+        """To 2^-21, without the division's slow path; to 2^-12 where that is enough."""
         if self.interpret:
             return jax.nn.sigmoid(u)
-        return _approximate("rcp.approx.ftz.f32", 1 + _approximate("ex2.approx.ftz.f32", u * -LOG2_E))
+        if not self.precise:
+            return self.fma(_ptx("tanh.approx.f32", 0.5 * u), 0.5, 0.5)
+        return _ptx("rcp.approx.ftz.f32", 1 + _ptx("ex2.approx.ftz.f32", u * -LOG2_E))
 
 
-def _approximate(instruction: str, *args):
-    """One PTX instruction per element; inline PTX has no interpreted form."""
+def _ptx(instruction: str, *args):
+    """PTX per element, or per two of bfloat16: an instruction, or a block with operands; it has no interpreted form."""
     operands = ", ".join(f"${i}" for i in range(len(args) + 1))
+    code = instruction if "$" in instruction else f"{instruction} {operands};"
+    kind, pack = ("f", 1) if args[0].dtype == jnp.float32 else ("r", 2)
     return plgpu.elementwise_inline_asm(
-        f"{instruction} {operands};",
+        code,
         args=list(args),
-        constraints=",".join(["=f"] + ["f"] * len(args)),
-        pack=1,
-        result_shape_dtypes=[jax.ShapeDtypeStruct(args[0].shape, jnp.float32)],
+        constraints=",".join([f"={kind}"] + [kind] * len(args)),
+        pack=pack,
+        result_shape_dtypes=[jax.ShapeDtypeStruct(args[0].shape, args[0].dtype)],
     )[0]
 
 
@@ -166,7 +185,8 @@ def turn(tiling: Tiling, ops, chunk, slab: Slab) -> Turn | None:
     if slab.pair is None:
         return None
     t0 = chunk * tiling.c
-    step = tiling.wrap(tiling.of_token(ops.omega, t0, slab.pairs) * tiling.of_token(ops.clock, t0)[:, None])
+    step = tiling.of_token(ops.omega, t0, slab.pairs) * tiling.of_token(ops.clock, t0)[:, None]
+    step = tiling.wrap(step) if tiling.precise else step
     start = ops.theta0[chunk, slab.pairs]
     return Turn(*tiling.cos_sin(start[None, :] + jnp.cumsum(tiling.once_per_token(step), axis=0)))
 
@@ -184,6 +204,13 @@ def biased(tiling: Tiling, raw: jax.Array, bias_ref, slab: Slab) -> jax.Array:
 def load(tiling: Tiling, ref, bias_ref, t0, slab: Slab) -> jax.Array:
     """The same from memory."""
     return biased(tiling, ref[pl.ds(t0 * tiling.r, tiling.rows), slab.channels], bias_ref, slab)
+
+
+def load_projected(tiling: Tiling, ops, of: str, chunk, slab: Slab) -> jax.Array:
+    """A slab of k (`of` "B") or q ("C") from memory."""
+    ref, bias_ref = (ops.C, ops.C_bias) if of == "C" else (ops.B, ops.B_bias)
+    raw = ref[pl.ds(chunk * tiling.rows, tiling.rows), slab.channels]
+    return project_slab(tiling, slab, raw, turn(tiling, ops, chunk, slab), bias_ref, ops.x.dtype)
 
 
 def rotate(tiling: Tiling, u: jax.Array, by: Turn | None) -> jax.Array:
@@ -207,10 +234,14 @@ def pairs_of(u: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 def project(tiling: Tiling, raw: list[jax.Array], bias_ref, by: list[Turn | None], dtype) -> list[jax.Array]:
     """k or q, per slab (rows, width) in `dtype`."""
-    return [
-        rotate(tiling, biased(tiling, u, bias_ref, slab), turn).astype(dtype)
-        for slab, u, turn in zip(slabs(tiling), raw, by)
-    ]
+    return [project_slab(tiling, *of_slab, bias_ref, dtype) for of_slab in zip(slabs(tiling), raw, by)]
+
+
+def project_slab(tiling: Tiling, slab: Slab, raw: jax.Array, by: Turn | None, bias_ref, dtype) -> jax.Array:
+    """k or q of one slab."""
+    if by is None and not tiling.precise:
+        return tiling.add(raw, tiling.of_rank(bias_ref, slab.channels))
+    return rotate(tiling, biased(tiling, raw, bias_ref, slab), by).astype(dtype)
 
 
 def later(tiling: Tiling, ops, t0, transposed: bool = False) -> jax.Array:
@@ -219,11 +250,15 @@ def later(tiling: Tiling, ops, t0, transposed: bool = False) -> jax.Array:
     same = None
     if ops.segment_ids is not None:
         same = tiling.of_token(ops.segment_ids, t0)[:, None] == tiling.of_token(ops.segment_ids, t0)[None, :]
-    coarse, fine = tiling.of_token(ops.coarse, t0), tiling.of_token(ops.fine, t0)
-    exponent = (coarse[:, None] - coarse[None, :]) + (fine[:, None] - fine[None, :])
+    if ops.fine is None:
+        cs = tiling.of_token(ops.coarse, t0) * LOG2_E
+        exponent = cs[:, None] - cs[None, :]
+    else:
+        coarse, fine = tiling.of_token(ops.coarse, t0), tiling.of_token(ops.fine, t0)
+        exponent = ((coarse[:, None] - coarse[None, :]) + (fine[:, None] - fine[None, :])) * LOG2_E
     if transposed:
         i, j, exponent = j, i, -exponent
-    return jnp.where(i > j if same is None else (i > j) & same, tiling.exp(exponent), 0)
+    return jnp.where(i > j if same is None else (i > j) & same, tiling.exp2(exponent), 0)
 
 
 def weights(tiling: Tiling, ops, t0, transposed: bool = False) -> jax.Array:
@@ -234,12 +269,12 @@ def weights(tiling: Tiling, ops, t0, transposed: bool = False) -> jax.Array:
     return jnp.where(i == j, gamma[None, :], later(tiling, ops, t0, transposed) * scale)
 
 
-def with_skip(tiling: Tiling, ops, scores: jax.Array) -> jax.Array:
-    """scores + D on the diagonal, so that the product with v makes the skip too."""
+def weighted(tiling: Tiling, ops, W: jax.Array, scores: jax.Array) -> jax.Array:
+    """W times the scores, and D on the diagonal, so that the product with v makes the skip too."""
     if ops.D is None:
-        return scores
+        return W * scores
     i, j = (lax.broadcasted_iota(jnp.int32, scores.shape, axis) for axis in (0, 1))
-    return scores + jnp.where(i == j, ops.D[...], 0)
+    return tiling.fma(W, scores, jnp.where(i == j, ops.D[...], 0))
 
 
 def row_and_column(tiling: Tiling) -> list[jax.Array]:
