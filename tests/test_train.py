@@ -24,6 +24,7 @@ from flax import nnx
 from bigram import Bigram
 from mamba3_jax.cli import main as mamba3
 from mamba3_jax.command import parse
+from mamba3_jax.data import pipeline
 from mamba3_jax.data.pipeline import DataConfig, TokenBatch, batches, open_data
 from mamba3_jax.distributed.mesh import MeshConfig, make_mesh
 from mamba3_jax.layers import AttentionConfig, GatedDeltaNetConfig, Mamba2Config, Mamba3Config, Undecayed
@@ -32,11 +33,13 @@ from mamba3_jax.models.checkpoint import load_model, read_config, save_model
 from mamba3_jax.training import train_command
 from mamba3_jax.training.config import TrainConfig
 from mamba3_jax.training.loop import Run
+from mamba3_jax.training.metrics import line_of
 from mamba3_jax.training.optimizer import PretrainingOptimizerConfig, learning_rate
 from mamba3_jax.training.run_directory import RunDirectory
 from mamba3_jax.training.state import TrainState, init_state
 from mamba3_jax.training.step import StepConfig, compile_train_step
 from mamba3_jax.training.train_command import _open, main
+from test_data import write
 from test_tensorboard import scalars
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -283,14 +286,16 @@ def test_too_many_steps_that_are_not_finite_stop_the_run(tmp_path, monkeypatch, 
 
     monkeypatch.setattr(Run, "advance", broken)
     with pytest.raises(SystemExit) as stopped:
-        main(options(path, "--steps=30", "--checkpoint_every=1", "--max_nonfinite=5", "--eval_every=100"))
+        main(options(path, "--steps=30", "--checkpoint_every=1", "--max_nonfinite=5", "--eval_every=5"))
     assert stopped.value.code == 2
-    assert "5 steps in a row" in (err := capsys.readouterr().err) and "checkpoint of step 3" in err
-    assert err.count("\n") == 1
+    out, err = capsys.readouterr()
+    assert "5 steps in a row" in err and "checkpoint of step 3" in err and err.count("\n") == 1
+    assert "validation not finite, perplexity not finite" in out
+    assert [r["validation_loss"] for r in written(path) if "validation_loss" in r] == [None]
     assert RunDirectory(path, (path / "config.yaml").read_text()).latest_step == 3
 
 
-def test_init_from_starts_from_the_weights_of_another_run(finished, tmp_path):
+def test_init_from_starts_from_the_weights_of_another_run(finished, tmp_path, capsys):
     """Its first loss is theirs on the first batch; a run that is resumed goes on from its own checkpoint."""
     path = tmp_path / "run"
     start = ["--config", str(finished / "config.yaml"), f"--run_dir={path}", f"--init_from={finished}"]
@@ -299,7 +304,9 @@ def test_init_from_starts_from_the_weights_of_another_run(finished, tmp_path):
     nll, count = nll_of(load_model(finished), batch)
     assert written(path)[0]["loss"] == pytest.approx(nll / count, rel=1e-5)
     before = weights(path)
+    capsys.readouterr()
     assert main([*start, "--steps=1", "--seed=1"]) == 0 and len(written(path)) == 1
+    assert "already finished, 1 steps" in capsys.readouterr().out
     jax.tree.map(np.testing.assert_array_equal, weights(path), before)
 
 
@@ -329,6 +336,32 @@ def test_other_data_are_refused_and_the_metrics_stay(finished, tmp_path, monkeyp
     assert (path / "metrics.jsonl").read_bytes() == before
 
 
+def test_a_damaged_validation_shard_stops_the_run_in_one_line(tmp_path, monkeypatch, capsys):
+    """Of data too large to be checked when they are opened."""
+    monkeypatch.setattr(pipeline, "CHECKED_WHEN_OPENED", 0)
+    data = write(tmp_path / "data", dict(train=[np.arange(256)], validation=[np.arange(256)]), 256)
+    (shard,) = data.glob("validation*.tokens")
+    shard.write_bytes(b"\1" + shard.read_bytes()[1:])
+    with pytest.raises(SystemExit) as stopped:
+        main(options(tmp_path / "run", "--steps=3", "--eval_every=1", f"--data.path={data}"))
+    err = capsys.readouterr().err
+    assert stopped.value.code == 2 and err.startswith(f"{shard}: got a wrong checksum") and err.count("\n") == 1
+
+
+def test_data_without_a_validation_split_are_trained_on_and_say_so(tmp_path, capsys):
+    data = write(tmp_path / "data", dict(train=[np.arange(256)]), 256)
+    assert main(options(tmp_path / "run", "--steps=1", f"--data.path={data}")) == 0
+    assert f"data.path={data}: no split validation" in capsys.readouterr().out
+    assert "validation_loss" not in written(tmp_path / "run")[-1]
+
+
+def test_a_line_tells_the_rate_of_a_device_where_there_are_several():
+    timing = dict(tokens_per_second=1000.0, tokens_per_second_per_device=250.0, tflops_per_device=1.0, data_wait=0.0)
+    assert "  1,000 tokens/s  250 tokens/s/device  " in line_of(dict(step=1), timing, 2)
+    alone = line_of(dict(step=1), timing | dict(tokens_per_second_per_device=1000.0), 2)
+    assert "1,000 tokens/s" in alone and "tokens/s/device" not in alone
+
+
 @pytest.mark.parametrize(
     "option, message",
     [
@@ -346,6 +379,7 @@ def test_other_data_are_refused_and_the_metrics_stay(finished, tmp_path, monkeyp
         ("--model.mamba3.implementation=triton", "implementation: got 'triton' on a machine with cpu devices"),
         ("--run_dir=gs://bucket/run", "run_dir: got gs://bucket/run; allowed: a folder of a mounted file system"),
         ("--z_loss=-1", "z_loss: got -1.0; allowed: a number >= 0"),
+        ("--seed=4294967296", "seed: got 4294967296; allowed: 0 to 4294967295"),
     ],
 )
 def test_a_mistake_is_one_line_before_any_file(option, message, tmp_path, capsys):

@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 
 from mamba3_jax.checks import check_shapes
 from mamba3_jax.command import INTERRUPTED, fail, parse
+from mamba3_jax.data.corpus import VALIDATION
 from mamba3_jax.data.pipeline import Data, open_data
 from mamba3_jax.distributed import processes
 from mamba3_jax.distributed.mesh import make_mesh
@@ -42,6 +43,9 @@ def main(argv: list[str]) -> int:
         fail(f"run_dir: got {config.run_dir} ({error.strerror}); allowed: a folder that can be written")
     if (idle := jax.device_count() - run.mesh.size) and processes.is_first():
         print(f"mesh {config.mesh.text}: {idle} of {jax.device_count()} devices idle")
+    if VALIDATION not in run.data.splits and processes.is_first():
+        print(f"data.path={config.data.path}: no split {VALIDATION}, so this run will tell no perplexity")
+    trained = "already finished, " if run.step == config.steps else ""
     try:
         train(run)
     except TrainingStopped as error:
@@ -50,7 +54,8 @@ def main(argv: list[str]) -> int:
         print(f"interrupted; the same command resumes {config.run_dir} from its last checkpoint")
         return INTERRUPTED
     if processes.is_first():
-        print(f"{config.run_dir}: {config.steps} steps; mamba3 generate {config.run_dir} --prompt ... continues a text")
+        told = f"{trained}{config.steps} steps; mamba3 generate {config.run_dir} --prompt ... continues a text"
+        print(f"{config.run_dir}: {told}")
     return 0
 
 
