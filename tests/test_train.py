@@ -391,13 +391,23 @@ def test_a_mistake_is_one_line_before_any_file(option, message, tmp_path, capsys
     assert not path.exists()
 
 
-def test_weights_of_another_shape_and_runs_of_another_config_are_refused(finished, tmp_path, capsys):
-    other = tmp_path / "model"
-    config = dataclasses.replace(MODEL, mixer=Mamba3Config(d_model=48, d_state=16, head_dim=16), mlp_width=0)
-    save_model(other, config, nnx.to_pure_dict(nnx.state(LM(config, rngs=nnx.Rngs(0)), nnx.Param)))
+def test_weights_of_another_model_and_runs_of_another_config_are_refused(finished, tmp_path, capsys):
+    """Also weights of the same shapes, where the operator is another one."""
+    bare = dataclasses.replace(MODEL, mlp_width=0)
+    heavy = dataclasses.replace(bare, mixer=Mamba3Config(**SMALL, a_activation="heavy_tail", dt_max=0.2))
+    large = dataclasses.replace(bare, vocab_size=512, dtype="bfloat16")
+    for name, config in dict(heavy=heavy, large=large).items():
+        save_model(tmp_path / name, config, nnx.to_pure_dict(nnx.state(LM(config, rngs=nnx.Rngs(0)), nnx.Param)))
     before = {file: file.stat().st_mtime_ns for file in finished.rglob("*") if file.is_file()}
     for command, message in (
-        (options(tmp_path / "run", "--steps=3", f"--init_from={other}"), "of shape (6, 1, 16); allowed: (4, 1, 16)"),
+        (
+            options(tmp_path / "run", "--steps=3", f"--init_from={tmp_path / 'heavy'}"),
+            "heavy, a model whose mixer.a_activation is 'heavy_tail'; allowed: 'softplus', as in this run",
+        ),
+        (
+            options(tmp_path / "run", "--steps=3", f"--init_from={tmp_path / 'large'}"),
+            "of shape (512, 32); allowed: (256, 32)",
+        ),
         (options(finished, "--steps=11"), "a run of another config ('steps: 10' there, 'steps: 11' here)"),
         (options(tmp_path, "--steps=3"), "which holds other files; allowed: a run or a new path"),
     ):

@@ -13,6 +13,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
 from mamba3_jax.checks import check_shapes
@@ -22,13 +23,20 @@ from mamba3_jax.data.pipeline import Data, open_data
 from mamba3_jax.distributed import processes
 from mamba3_jax.distributed.mesh import make_mesh
 from mamba3_jax.models import LMConfig, abstract_model
-from mamba3_jax.models.checkpoint import load_model
+from mamba3_jax.models.checkpoint import config_to_dict, load_model, read_config
 from mamba3_jax.training.config import TrainConfig
 from mamba3_jax.training.loop import Run, TrainingStopped, train
 from mamba3_jax.training.run_directory import CONFIG, RunDirectory, check_same_config, has_checkpoint
 from mamba3_jax.training.state import abstract_batch, abstract_state, check_divides
 from mamba3_jax.training.step import StepConfig, compile_evaluation
 from mamba3_jax.training.tensorboard import check_installed
+
+# Fields of a model that say how it is computed, where new weights begin and which are trained, or only shapes.
+OF_A_RUN = (
+    "dtype", "implementation", "chunk_size",
+    "dt_min", "dt_max", "A_min", "A_max", "bc_bias_init", "bc_bias_trainable",
+    "vocab_size", "vocab_multiple", "mlp_width",
+)  # fmt: skip
 
 
 def main(argv: list[str]) -> int:
@@ -94,11 +102,23 @@ def _check_implementation(config: TrainConfig, model: LMConfig, mesh: Mesh) -> N
 
 
 def _initial(path: Path, model: LMConfig) -> nnx.State:
-    """The weights of another model, which must have the arrays of this one."""
+    """The weights of another model, which must compute what this one does, of the same arrays."""
+    _check_same_model(path, read_config(path), model)
     parameters = nnx.state(load_model(path), nnx.Param)
     wanted = nnx.state(abstract_model(model), nnx.Param)
     check_shapes(f"init_from={path}", _shapes(parameters), _shapes(wanted))
     return jax.tree.map(lambda p: jnp.asarray(p, jnp.float32), parameters)
+
+
+def _check_same_model(path: Path, theirs: LMConfig, ours: LMConfig) -> None:
+    """Raises ValueError, naming the first field of a model that its weights go with and that is another one here."""
+    there, here = (flatten_dict(config_to_dict(config), sep=".") for config in (theirs, ours))
+    for name in here | there:
+        if name.rpartition(".")[2] not in OF_A_RUN and there.get(name) != here.get(name):
+            raise ValueError(
+                f"init_from: got {path}, a model whose {name} is {there.get(name)!r}; "
+                f"allowed: {here.get(name)!r}, as in this run"
+            )
 
 
 def _shapes(parameters: nnx.State) -> dict[str, tuple[int, ...]]:
