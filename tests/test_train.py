@@ -427,6 +427,34 @@ def test_a_checkpoint_of_another_model_is_refused_by_the_name_of_an_array(finish
         directory.restore(init_state(other, OPTIMIZER, ONE_DEVICE, seed=0))
 
 
+@pytest.mark.parametrize("damage", ["flipped", "cut", "missing"])
+def test_a_damaged_checkpoint_is_refused_by_the_name_of_its_file(finished, tmp_path, damage):
+    """Each of its files; without it the older one is restored, and one without checksums as it is."""
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    newest = run / "checkpoints/10"
+    files = [path for part in ("arrays", "extra") for path in (newest / part).rglob("*") if path.is_file()]
+    directory = RunDirectory(run, (run / "config.yaml").read_text())
+    like = initial(read_config(finished))
+    for file in files:
+        intact = file.read_bytes()
+        file.unlink()
+        if damage != "missing":
+            changed = bytes([intact[0] ^ 1]) + intact[1:] if damage == "flipped" and intact else intact[:-1] or b"x"
+            file.write_bytes(changed)
+        with pytest.raises(ValueError) as error:
+            directory.restore(like)
+        told = str(error.value)
+        assert told.startswith(f"{file}: got ") and "\n" not in told
+        assert told.endswith(f"without {newest} the run goes on from the checkpoint of step 8")
+        file.write_bytes(intact)
+    assert directory.restore(like)[0].step == 10
+    directory.close()
+    shutil.rmtree(newest)
+    (run / "checkpoints/8/checksums.json").unlink()
+    assert RunDirectory(run, (run / "config.yaml").read_text()).restore(like)[0].step == 8
+
+
 def test_a_run_that_is_killed_at_random_moments_ends_in_the_same_bytes(tmp_path, monkeypatch):
     """SIGKILL, also while a checkpoint is written, of which there is one almost all the time here."""
     # Of its own, because a compiled program that is being written may be destroyed as well.
