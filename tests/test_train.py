@@ -356,6 +356,21 @@ def test_data_without_a_validation_split_are_trained_on_and_say_so(tmp_path, cap
     assert "validation_loss" not in written(tmp_path / "run")[-1]
 
 
+def test_data_may_be_moved_but_not_changed_between_two_parts_of_a_run(tmp_path, capsys):
+    here, there, other = (tmp_path / name for name in ("here", "there", "other"))
+    write(here, dict(train=[np.arange(256)]), 256)
+    write(other, dict(train=[np.arange(256)] * 2), 256)
+    assert main(options(tmp_path / "run", "--steps=1", f"--data.path={here}")) == 0
+    here.rename(there)
+    files = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    with pytest.raises(SystemExit):
+        main(options(tmp_path / "run", "--steps=1", f"--data.path={other}"))
+    assert capsys.readouterr().err.startswith(f"data.path: got {other} (state: got one of a stream with data")
+    assert {path: path.read_bytes() for path in files} == files
+    assert main(options(tmp_path / "run", "--steps=1", f"--data.path={there}")) == 0
+    assert "already finished" in capsys.readouterr().out
+
+
 def test_a_line_tells_the_rate_of_a_device_where_there_are_several():
     timing = dict(tokens_per_second=1000.0, tokens_per_second_per_device=250.0, tflops_per_device=1.0, data_wait=0.0)
     assert "  1,000 tokens/s  250 tokens/s/device  " in line_of(dict(step=1), timing, 2)

@@ -156,6 +156,16 @@ class TrainConfig:
         return yaml.safe_dump({k: _plain(v) for k, v in values.items() if k not in FREE}, sort_keys=False)
 
 
+def fixed(text: str) -> str:
+    """Of a run's text what its resumption may not change: all but data.path, since data are told by their checksum."""
+    try:
+        values = yaml.safe_load(text)
+        del values["data"]["path"]
+    except (yaml.YAMLError, KeyError, TypeError):
+        return text
+    return yaml.safe_dump(values, sort_keys=False)
+
+
 def _plain(value: Any) -> Any:
     """Tuples as lists, which YAML has."""
     if isinstance(value, dict):

@@ -37,21 +37,23 @@ class RunDirectory:
         path: created if it does not exist.
         config: the configuration as text; the same text resumes.
         option: what the user calls `path`, for messages.
+        fixed: of a configuration's text, what a resumption may not change.
 
     Raises:
         ValueError: `path` belongs to another configuration, or is not a run directory and not empty.
     """
 
-    def __init__(self, path: Path, config: str, option: str = "results_dir"):
+    def __init__(self, path: Path, config: str, option: str = "results_dir", fixed: Callable[[str], str] = str):
         self.path = path
         existing = path / CONFIG
         if existing.exists():
-            check_same_config(path, config, option)
+            check_same_config(path, config, option, fixed)
         elif path.exists() and (not path.is_dir() or any(p != unfinished(existing) for p in path.iterdir())):
             raise ValueError(f"{option}: got {path}, which holds other files; allowed: a run or a new path")
         wait_for_all("have looked at the run directory")
         path.mkdir(parents=True, exist_ok=True)
-        self.write(CONFIG, config)
+        if not existing.exists():
+            self.write(CONFIG, config)
         wait_for_all("have a run directory")
         self._checkpoints = ocp.CheckpointManager(
             (path / CHECKPOINTS).absolute(),
@@ -168,12 +170,11 @@ def has_checkpoint(path: Path) -> bool:
     return (path / CHECKPOINTS).is_dir() and bool(ocp.utils.checkpoint_steps(path / CHECKPOINTS))
 
 
-def check_same_config(path: Path, config: str, option: str = "results_dir") -> None:
+def check_same_config(path: Path, config: str, option: str = "results_dir", fixed: Callable[[str], str] = str) -> None:
     """Raises ValueError, naming the first difference, if the run directory at `path` is of another configuration."""
-    existing = (path / CONFIG).read_text()
-    if existing == config:
+    before, now = (fixed(text).splitlines() for text in ((path / CONFIG).read_text(), config))
+    if before == now:
         return
-    before, now = existing.splitlines(), config.splitlines()
     changed = next((f"{b.strip()!r} there, {n.strip()!r} here" for b, n in zip(before, now) if b != n), "its length")
     raise ValueError(
         f"{option}: got {path}, a run of another config ({changed}); allowed: a run of this config, or a new path"

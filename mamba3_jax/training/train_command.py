@@ -24,7 +24,7 @@ from mamba3_jax.distributed import processes
 from mamba3_jax.distributed.mesh import make_mesh
 from mamba3_jax.models import LMConfig, abstract_model
 from mamba3_jax.models.checkpoint import config_to_dict, load_model, read_config
-from mamba3_jax.training.config import TrainConfig
+from mamba3_jax.training.config import TrainConfig, fixed
 from mamba3_jax.training.loop import Run, TrainingStopped, train
 from mamba3_jax.training.run_directory import CONFIG, RunDirectory, check_same_config, has_checkpoint
 from mamba3_jax.training.state import abstract_batch, abstract_state, check_divides
@@ -71,7 +71,7 @@ def _open(config: TrainConfig) -> Run:
     """Everything that can be wrong with the command is noticed here, before any step and before any file is written."""
     path = Path(config.run_dir)
     if (path / CONFIG).exists():
-        check_same_config(path, config.text, "run_dir")
+        check_same_config(path, config.text, "run_dir", fixed)
     if config.tensorboard:
         check_installed()
     data = open_data(config.data)
@@ -82,7 +82,7 @@ def _open(config: TrainConfig) -> Run:
     _check_implementation(config, model, mesh)
     given = config.init_from is not None and not has_checkpoint(path)
     parameters = _initial(Path(config.init_from), model) if given else None
-    return Run(config, mesh, data, RunDirectory(path, config.text, "run_dir"), parameters)
+    return Run(config, mesh, data, RunDirectory(path, config.text, "run_dir", fixed), parameters)
 
 
 def _check_vocabulary(data: Data, model: LMConfig) -> None:
