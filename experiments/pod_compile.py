@@ -1,6 +1,6 @@
 """Memory per chip and compile time of the published 1.5B models' training step on TPU pods, without a TPU.
 
-    mamba3 experiment pod_compile [--only PATTERN] [--smoke]
+    mamba3 experiment pod_compile [--only PATTERN] [--measure false] [--smoke]
 
 Each row is a `mamba3 compile` in a process of its own. A results directory holds summary.json and report.md; rows that
 `--only` leaves out stay as an earlier run of this command left them. Needs the extra `tpu`.
@@ -20,6 +20,7 @@ from pathlib import Path
 
 from experiments.command import parse
 from mamba3_jax.command import fail, results_folder
+from mamba3_jax.distributed.compile_step import Memory
 
 SISO, MIMO = (f"configs/lm/mamba3-{kind}-1.5b.yaml" for kind in ("siso", "mimo"))
 # Half a million tokens are 256 rows of 2048, one for each of 256 devices; 512 devices share them by their heads. The
@@ -39,7 +40,13 @@ TINY = (
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Nothing to choose but the rows, with --only."""
+    """Nothing to choose but the rows, with --only.
+
+    Attributes:
+        measure: False only writes the report.
+    """
+
+    measure: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +92,10 @@ def main(argv: list[str]) -> int:
         fail(f"only: got {command.only!r}; allowed: a pattern of {', '.join(row.name for row in ROWS)}")
     folder = results_folder(command.results_dir)
     path = folder / "summary.json"
+    if not command.config.measure:
+        if not path.exists():
+            fail(f"measure: got false without {path}; allowed: true, or a results_dir of an earlier run")
+        return _report(folder, json.loads(path.read_text()))
     found = {row["name"]: row for row in json.loads(path.read_text())["rows"]} if path.exists() else {}
     for row in rows:
         found[row.name] = measure(row)
@@ -92,9 +103,15 @@ def main(argv: list[str]) -> int:
         kept = [found[name] for name in order if name in found]
         summary = dict(command=command.line, jax=version("jax"), libtpu=version("libtpu"), cores=_cores(), rows=kept)
         path.write_text(json.dumps(summary, indent=2) + "\n")
-        (folder / "report.md").write_text(render(summary))
-    print(f"report: {folder / 'report.md'}")
+        _report(folder, summary)
     return int(any(found[row.name]["refusal"] is not None for row in rows))
+
+
+def _report(folder: Path, summary: dict) -> int:
+    """Writes it; returns the exit status."""
+    (folder / "report.md").write_text(render(summary))
+    print(f"report: {folder / 'report.md'}")
+    return 0
 
 
 def measure(row: Row) -> dict:
@@ -117,11 +134,13 @@ def render(summary: dict) -> str:
         f"    {summary['command']}",
         "",
         f"Compiled on {summary['cores']} CPU cores, jax {summary['jax']}, libtpu {summary['libtpu']}; nothing ran.",
-        "GiB of one device; the peak is of what a program may have there. The floor of a step is its arithmetic at the",
-        "chips' best rate: no step can be faster, and none has been timed.",
+        "GiB of one device. Reserved is what the compiler sets aside, of what a program may have there: arguments,",
+        "outputs that do not take their place, temporaries and the program; the peak is the part of it that is live at",
+        "once, by the compiler's schedule. The floor of a step is its arithmetic at the chips' best rate: no step can",
+        "be faster, and none has been timed.",
         "",
-        "| model | devices | mesh | rows x tokens | arguments | temporaries | peak | floor | compiled in |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| model | devices | mesh | rows x tokens | arguments | temporaries | reserved | peak | floor | compiled in |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
         *map(line_of, summary["rows"]),
         "",
         "Collectives of one device and step, times and GiB:",
@@ -139,10 +158,10 @@ def render(summary: dict) -> str:
 def line_of(row: dict) -> str:
     """A row of the table."""
     hbm, memory = row["hbm_bytes"], row["memory"]
-    sizes = ["-", "-", f"does not fit into {_gib(hbm)}"]
+    sizes = ["-", "-", f"does not fit into {_gib(hbm)}", "-"]
     if memory is not None:
-        peak = f"{_gib(memory['peak'])} of {_gib(hbm)}"
-        sizes = [_gib(memory["arguments"]), _gib(memory["temporaries"]), peak]
+        reserved = f"{_gib(Memory(**memory).reserved)} of {_gib(hbm)}"
+        sizes = [_gib(memory["arguments"]), _gib(memory["temporaries"]), reserved, _gib(memory["peak"])]
     slices = row["mesh"]["slice"]
     pod = f"{slices} x {row['topology']}" if slices > 1 else row["topology"]
     cells = [

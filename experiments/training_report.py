@@ -12,8 +12,8 @@ import matplotlib.pyplot as plt  # noqa: E402  (after the backend is chosen)
 
 MODELS = {"siso": "Mamba-3 SISO", "mimo": "Mamba-3 MIMO, rank 4", "mamba2": "Mamba-2", "transformer": "Transformer"}
 IMPLEMENTATIONS = {"triton": "Pallas Triton", "chunked": "XLA, chunked", "xla": "XLA, softmax"}
-# Steps that losses are averaged over before they are compared.
-WINDOW = 20
+# Steps that losses are averaged over before they are compared, and fewer, to see what that hides.
+WINDOW, NARROW = 20, 10
 
 
 def figure_of(row: dict) -> str:
@@ -128,51 +128,69 @@ def _lengths(cells: list[Cell], rows: dict[str, dict]) -> list[str]:
 
 def _precision(rows: dict[str, dict]) -> list[str]:
     heading = ["", "## Losses in bfloat16 and in float32", ""]
-    pair = _pair(rows.values())
-    if pair is None:
+    found = _losses(rows.values())
+    if not {"bfloat16", "float32"} <= found.keys():
         mine = [row for row in rows.values() if row["part"] == "precision"]
         return [*heading, *([f"{row['name']}: {figure_of(row)}" for row in mine] or ["Not run."])]
-    low, high = pair
-    different = differences(low["losses"], high["losses"])
-    forms = [IMPLEMENTATIONS[row["implementation"]] for row in pair]
-    ends = [running_mean(row["losses"])[-1] for row in pair]
+    low, high = found["bfloat16"], found["float32"]
+    forms = [IMPLEMENTATIONS[row["implementation"]] for row in (low, high)]
+    ends = [running_mean(row["losses"])[-1] for row in (low, high)]
     return [
         *heading,
         f"The model, data and seed of {high['size']}, {len(high['losses'])} steps of {high['tokens']} tokens: in",
-        f"bfloat16 ({forms[0]}) and in float32 ({forms[1]}, full matmul precision). Means over",
-        f"{min(WINDOW, len(high['losses']))} steps differ by at most **{100 * max(different):.2f}%**, at the end by",
-        f"{100 * different[-1]:.2f}%: {ends[0]:.4f} against {ends[1]:.4f} nats.",
+        f"bfloat16 ({forms[0]}) and in float32 ({forms[1]}, full matmul precision); at the end",
+        f"{ends[0]:.4f} against {ends[1]:.4f} nats. The control is float32 in chunks of another size: the same",
+        "mathematics with other rounding, so that its difference is what rounding alone makes of such a run.",
+        "",
+        f"| against float32 | largest difference, means of {WINDOW} steps | at the end | largest, of {NARROW} steps |",
+        "| --- | --- | --- | --- |",
+        *(_difference(name, found, high) for name in ("bfloat16", "control")),
         "",
         "![losses, and tokens/s against the length of a row](training.png)",
     ]
 
 
-def running_mean(losses: list[float]) -> np.ndarray:
-    """Of WINDOW steps, or of all if there are fewer."""
-    size = min(WINDOW, len(losses))
+def _difference(name: str, found: dict[str, dict], high: dict) -> str:
+    """One row of the table of differences from float32's losses."""
+    if name not in found:
+        return f"| {name} | not run | - | - |"
+    wide, narrow = (differences(found[name]["losses"], high["losses"], window) for window in (WINDOW, NARROW))
+    return f"| {name} | {100 * max(wide):.2f}% | {100 * wide[-1]:.2f}% | {100 * max(narrow):.2f}% |"
+
+
+def running_mean(losses: list[float], window: int = WINDOW) -> np.ndarray:
+    """Of that many steps, or of all if there are fewer."""
+    size = min(window, len(losses))
     return np.convolve(losses, np.ones(size) / size, mode="valid")
 
 
-def differences(low: list[float], high: list[float]) -> np.ndarray:
+def differences(low: list[float], high: list[float], window: int = WINDOW) -> np.ndarray:
     """Of the running means, relative to the second's."""
-    return np.abs(running_mean(low) / running_mean(high) - 1)
+    return np.abs(running_mean(low, window) / running_mean(high, window) - 1)
 
 
 def plot(summary: dict) -> plt.Figure:
     """Losses in both precisions, their relative difference, and tokens/s against the length of a row."""
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(14, 4), constrained_layout=True)
-    if (pair := _pair(summary["rows"])) is not None:
-        low, high = (running_mean(row["losses"]) for row in pair)
-        steps = np.arange(len(high)) + len(pair[1]["losses"]) - len(high) + 1
+    found = _losses(summary["rows"])
+    if {"bfloat16", "float32"} <= found.keys():
+        losses = {name: row["losses"] for name, row in found.items()}
+        low, high = (running_mean(losses[name]) for name in ("bfloat16", "float32"))
+        steps = np.arange(len(high)) + len(losses["float32"]) - len(high) + 1
+        kernels = IMPLEMENTATIONS[found["bfloat16"]["implementation"]]
         left.plot(steps, high, color="0.6", linewidth=3, label="float32, chunked")
-        left.plot(
-            steps, low, color="black", linewidth=1, label=f"bfloat16, {IMPLEMENTATIONS[pair[0]['implementation']]}"
-        )
-        middle.plot(steps, 100 * differences(*(row["losses"] for row in pair)), color="black")
+        left.plot(steps, low, color="black", linewidth=1, label=f"bfloat16, {kernels}")
         left.legend(fontsize=8)
+        middle.plot(steps, 100 * differences(losses["bfloat16"], losses["float32"]), color="black", label="bfloat16")
+        if "control" in losses:
+            control = 100 * differences(losses["control"], losses["float32"])
+            middle.plot(steps, control, color="0.5", linewidth=0.8, linestyle="--", label="float32, other chunks")
+        middle.legend(fontsize=8)
     left.set(xlabel="step", ylabel=f"loss, mean of {WINDOW} steps (nats)", title="training loss")
-    middle.set(xlabel="step", ylabel="relative difference, %", title="bfloat16 against float32")
+    middle.set(xlabel="step", ylabel="relative difference, %", title="against float32")
     middle.axhline(1, color="0.6", linestyle=":")
+    # Room for the legend above the curves.
+    middle.set_ylim(0, 1.25 * middle.get_ylim()[1])
     lengths = [row for row in summary["rows"] if row["part"] == "lengths" and "s" in row]
     points = sorted((row["t"], row["tokens"] / row["s"]) for row in lengths)
     if points:
@@ -186,10 +204,9 @@ def plot(summary: dict) -> plt.Figure:
     return figure
 
 
-def _pair(rows) -> tuple[dict, dict] | None:
-    """The newest rows with losses in bfloat16 and in float32."""
-    found = {row["model"]: row for row in rows if row["part"] == "precision" and "losses" in row}
-    return (found["bfloat16"], found["float32"]) if len(found) == 2 else None
+def _losses(rows) -> dict[str, dict]:
+    """The newest rows with losses, by their model: bfloat16, float32, control."""
+    return {row["model"]: row for row in rows if row["part"] == "precision" and "losses" in row}
 
 
 def _mfu(speed: float, row: dict, summary: dict) -> str:

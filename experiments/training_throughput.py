@@ -8,7 +8,8 @@ bfloat16, on random tokens, one document a row. One row per cell, of four parts:
     widths      Mamba-3 SISO and MIMO, Mamba-2 and a Transformer of one width, with as many parameters to 1%
     peer        the shape of mamba3-1p3b of jax-linear-attention 0.1.0: 48 mixers without MLPs, 16 rows of 4096 tokens
     lengths     tokens/s as rows grow, of as many tokens in all
-    precision   the losses of one model, seed and data: bfloat16 by the kernels, and float32 by the chunked form
+    precision   the losses of one model, seed and data: bfloat16 by the kernels, float32 by the chunked form, and a
+                control, float32 in chunks of another size: how far rounding alone takes two runs from each other
 
 tokens/s are of the median of `steps` steps, each waited for, after two that do not count; MFU is of the FLOPs that the
 model needs (training/flops.py). Of the ways to fit a step into memory (`plans`) the fastest that fits is taken and
@@ -45,7 +46,13 @@ CODE = ("mamba3_jax", "pallas")
 PEERS = "peers.jsonl"
 # Cells whose steps are compiled at once; nothing is timed meanwhile.
 GROUP = 5
-DTYPES = ("bfloat16", "float32")
+# Options of the mixer in the part "precision": bfloat16 as it comes on a device, the rest in float32. The control's
+# chunks are of a size that no backend takes by default.
+PRECISIONS = {
+    "bfloat16": dict(implementation=None),
+    "float32": dict(implementation="chunked"),
+    "control": dict(implementation="chunked", chunk_size=32),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +119,7 @@ SMOKE = dict(
 
 
 def cells(config: Config) -> Iterator[Cell]:
-    """All cells; the model of "precision" is its configuration's, in two dtypes."""
+    """All cells; the model of "precision" is its configuration's."""
     layers = config.n_layers or (SIZES[config.size].n_layers if config.size in SIZES else 1)
     for model in config.models:
         yield Cell("widths", model, config.size, layers, config.rows, config.context)
@@ -120,19 +127,19 @@ def cells(config: Config) -> Iterator[Cell]:
     for t in config.lengths:
         yield Cell("lengths", "siso", config.size, config.length_layers, config.length_tokens // t, t)
     training = precision(config, "float32")
-    for dtype in DTYPES:
-        shape = (training.model.n_layers, training.data.batch_size, training.data.context)
-        yield Cell("precision", dtype, Path(config.precision).stem, *shape)
+    shape = (training.model.n_layers, training.data.batch_size, training.data.context)
+    for name in PRECISIONS:
+        yield Cell("precision", name, Path(config.precision).stem, *shape)
 
 
-def precision(config: Config, dtype: str) -> TrainConfig:
-    """The training configuration in a dtype: float32 by the chunked form, bfloat16 as it comes on this device."""
+def precision(config: Config, name: str) -> TrainConfig:
+    """The training configuration of one of PRECISIONS."""
     path = measured.ROOT / config.precision
     training = parse_options("train", TrainConfig, [f"--config={path}", f"--steps={config.precision_steps}"])
-    implementation = "chunked" if dtype == "float32" else None
     if training.model.mamba3 is None:
         fail(f"precision: got {config.precision}, without model.mamba3; allowed: a configuration of Mamba-3")
-    mixer = dataclasses.replace(training.model.mamba3, implementation=implementation)
+    mixer = dataclasses.replace(training.model.mamba3, **PRECISIONS[name])
+    dtype = "bfloat16" if name == "bfloat16" else "float32"
     layers = config.precision_layers or training.model.n_layers
     model = dataclasses.replace(training.model, mamba3=mixer, dtype=dtype, n_layers=layers)
     return dataclasses.replace(training, model=model)

@@ -1,13 +1,13 @@
 """Files and directories that come into being whole or not at all: written under another name, renamed when done."""
 
 import contextlib
-import tempfile
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 
 def unfinished(path: Path) -> Path:
-    """The name of a file while it is written. A process that is killed leaves it, and the next one overwrites it."""
+    """The name of a file or directory while it is written. One that a killed process left is replaced."""
     return path.with_name(f".{path.name}.unfinished")
 
 
@@ -25,13 +25,15 @@ def whole_file(path: Path) -> Iterator[Path]:
 @contextlib.contextmanager
 def whole_directory(path: Path) -> Iterator[Path]:
     """A directory to write into, which becomes `path` if all goes well and vanishes if not."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as holder:
-        # Inside it, because a temporary directory is for its owner alone.
-        inside = Path(holder) / path.name
-        inside.mkdir()
-        yield inside
-        inside.replace(path)
+    temporary = unfinished(path)
+    if temporary.exists():
+        shutil.rmtree(temporary)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def check_new(name: str, path: Path) -> None:

@@ -17,7 +17,7 @@ from flax import nnx
 from mamba3_jax.data.pipeline import DataConfig, TokenBatch
 from mamba3_jax.distributed import processes
 from mamba3_jax.distributed.mesh import MeshConfig, make_mesh
-from mamba3_jax.layers import Mamba3Config
+from mamba3_jax.layers import AttentionConfig, Mamba3Config
 from mamba3_jax.models import LM, LMConfig
 from mamba3_jax.training import train_command
 from mamba3_jax.training.loop import Run
@@ -30,6 +30,9 @@ MIXER = Mamba3Config(d_model=16, d_state=8, head_dim=8)
 SISO = LMConfig(MIXER, n_layers=1, vocab_size=64)
 MIMO = LMConfig(
     dataclasses.replace(MIXER, mimo_rank=2), n_layers=1, vocab_size=63, mlp_width=128, tie_embeddings=False
+)
+HYBRID = LMConfig(
+    MIXER, n_layers=2, vocab_size=64, attention=AttentionConfig(d_model=16, n_heads=4), attention_layers=(1,)
 )
 OPTIMIZER = PretrainingOptimizerConfig(warmup_steps=2, peak_learning_rate=1e-2)
 OPTIONS = [
@@ -48,6 +51,7 @@ CASES = {
     "sequence_mimo": (MIMO, MeshConfig(sequence=-1)),
     "sequence": (SISO, MeshConfig(data=4, sequence=2)),
     "fsdp_tensor_sequence_mimo": (MIMO, MeshConfig(fsdp=2, tensor=2, sequence=2)),
+    "fsdp_tensor_sequence_hybrid": (HYBRID, MeshConfig(fsdp=2, tensor=2, sequence=2)),
     "slice_tensor_sequence": (SISO, MeshConfig(slices=2, tensor=2, sequence=2)),
 }
 STOPPED_BY, STOPPED_AT = 2, 7

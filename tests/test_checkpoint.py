@@ -229,6 +229,8 @@ def test_a_neighbour_is_left_alone_and_links_are_refused(tmp_path):
     neighbour = tmp_path / "m.unfinished"
     neighbour.mkdir()
     (neighbour / "mine").write_text("x")
+    # What a process that was killed left.
+    (tmp_path / ".m.unfinished/parameters").mkdir(parents=True)
     save_model(tmp_path / "m", config, parameters_of(config))
     assert (neighbour / "mine").read_text() == "x" and load_model(tmp_path / "m").config == config
     assert (tmp_path / "m").stat().st_mode == neighbour.stat().st_mode

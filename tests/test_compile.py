@@ -13,6 +13,7 @@ import pytest
 
 from mamba3_jax.command import parse
 from mamba3_jax.distributed import compile_command, compile_step, topology
+from mamba3_jax.distributed.compile_step import Memory
 from mamba3_jax.distributed.program import Buffer, Collective, collectives, largest_buffers
 from mamba3_jax.models import PRESETS, preset
 from mamba3_jax.ops.api import _log_choice
@@ -188,6 +189,8 @@ def test_a_step_for_two_slices_cuts_the_state_and_fits(tmp_path):
     assert whole / 4 < summary["memory"]["arguments"] < whole / 2
     assert summary["memory"]["aliased"] > 0.95 * summary["memory"]["outputs"]
     assert summary["memory"]["peak"] < summary["hbm_bytes"] and summary["collectives"]["all-gather"]["count"] > 4
+    # Of everything that is set aside the peak is the part that is live.
+    assert summary["memory"]["peak"] < Memory(**summary["memory"]).reserved and "reserved, the sum: " in done.stdout
     assert "ssm on tpu: implementation 'tpu'" in done.stdout and "2 slices of v5e:2x2: 8 x TPU v5 lite" in done.stdout
 
 

@@ -94,6 +94,7 @@ def test_every_format_gives_its_documents_in_order(tmp_path, form, capsys, monke
     assert texts(tmp_path / "data") == KEPT
     out = capsys.readouterr().out
     assert f"train: {len(KEPT)} documents, " in out and "left out: 1 empty documents" in out
+    assert f"validation: none, by validation_share=0.0 of {len(KEPT) + 1} documents" in out
 
 
 def test_sources_are_read_one_after_the_other(tmp_path):

@@ -10,6 +10,7 @@ from experiments.training_throughput import Config, cells, main
 from mamba3_jax.data.pipeline import DataConfig, open_data
 from mamba3_jax.models import abstract_model, preset
 from mamba3_jax.models.lm import count_parameters
+from mamba3_jax.ops.chunked import default_chunk_size
 
 SAME = dict(device="NVIDIA H100 80GB HBM3 (gpu)", jax="1.2.3", flags="", settings=dict(steps=6), code="abc")
 
@@ -68,6 +69,16 @@ def test_differences_are_of_running_means():
     low, high = np.full(40, 1.01), np.ones(40)
     high[::2], high[1::2] = 0.5, 1.5
     np.testing.assert_allclose(differences(low, high), np.full(21, 0.01), rtol=1e-9)
+    assert len(differences(low, high, window=10)) == 31
+
+
+def test_the_control_of_bfloat16_is_float32_with_other_rounding():
+    """The chunked form twice, in chunks that differ on every backend; bfloat16 as a device takes it."""
+    runs = {name: training_throughput.precision(Config(), name).model for name in ("bfloat16", "float32", "control")}
+    assert [model.dtype for model in runs.values()] == ["bfloat16", "float32", "float32"]
+    assert [model.mamba3.implementation for model in runs.values()] == [None, "chunked", "chunked"]
+    assert runs["float32"].mamba3.chunk_size is None
+    assert runs["control"].mamba3.chunk_size not in {default_chunk_size(backend, 1) for backend in ("cpu", "gpu")}
 
 
 def test_the_report_counts_flops_against_the_devices_peak_and_puts_the_peer_beside():
@@ -83,6 +94,7 @@ def test_the_report_counts_flops_against_the_devices_peak_and_puts_the_peer_besi
         wanted[4]: siso | dict(s=0.625),
         wanted[5]: dict(losses=[2.02] * 30, tokens=4096, implementation="triton"),
         wanted[6]: dict(losses=[2.0] * 30, tokens=4096, implementation="chunked"),
+        wanted[7]: dict(losses=[2.0] * 10 + [1.99] * 20, tokens=4096, implementation="chunked"),
     }
     rows = [dict(name=cell.name, **cell._asdict(), **figure, **SAME) for cell, figure in figures.items()]
     peer = dict(s=2.0, tokens=65536, jax="0.11.2", tried=[{}, {}], rows_at_once=4, remat="none")
@@ -92,9 +104,14 @@ def test_the_report_counts_flops_against_the_devices_peak_and_puts_the_peer_besi
     assert "| Mamba-3 SISO | Pallas Triton | 24 | 1.5B | 16 x 2048 | 8 | kept | 0.500 | 65,536 | 655 | 66.2% |" in text
     assert "MemoryError: needs 99 GB" in text and "32,976 tokens/s" in text
     assert "32,768 tokens/s, 33.1% MFU by our count; ours is 2.00 times as fast" in text
-    assert "| 65536 | 1 | 52,429 | 80.0% |" in text and "at most **1.00%**" in text
-    left, _, right = plot(summary).axes
+    assert "| 65536 | 1 | 52,429 | 80.0% |" in text and "2.0200 against 2.0000 nats" in text
+    assert "| bfloat16 | 1.00% | 1.00% | 1.00% |" in text and "| control | 0.50% | 0.50% | 0.50% |" in text
+    left, middle, right = plot(summary).axes
     assert len(left.lines) == 2 and len(right.lines) == 1
+    # bfloat16, the control, 1%.
+    assert len(middle.lines) == 3
+    without = summary | dict(rows=rows[:-1])
+    assert "| control | not run | - | - |" in render(without, wanted) and len(plot(without).axes[1].lines) == 2
     missing = render(summary | dict(rows=[], peers=[]), wanted)
     assert missing.count("not run") == 5 and "Not run." in missing and "was not timed" in missing
 

@@ -22,7 +22,7 @@ from jaxtyping import Integer
 from rich.console import Console
 
 from mamba3_jax.command import fail, parse
-from mamba3_jax.data.corpus import TRAIN, Corpus, Document, split_of
+from mamba3_jax.data.corpus import TRAIN, VALIDATION, Corpus, Document, split_of
 from mamba3_jax.data.shards import BYTES_TOKENIZER, Manifest, ShardWriter, write_manifest
 from mamba3_jax.data.tokenizer import BYTES, ByteTokenizer, JsonTokenizer, Tokenizer
 from mamba3_jax.files import whole_directory
@@ -274,6 +274,9 @@ class _Seen:
                 f"{split}: {documents:,} documents, {tokens:,} tokens, the longest {self._longest[split]:,}; "
                 f"{len(entries)} shards"
             )
+        if VALIDATION not in manifest.splits:
+            told = f"validation_share={config.validation_share} of {self._documents:,} documents"
+            print(f"{VALIDATION}: none, by {told}; a run on these data will tell no perplexity")
         if self._empty:
             print(f"left out: {self._empty:,} empty documents")
         print(f"vocab_size: {manifest.vocab_size}, {self._characters / self._tokens:.2f} characters per token")

@@ -37,7 +37,10 @@ def render(program: Program) -> str:
             f"  {_size(memory.outputs):>10s}  outputs, of which {_size(memory.aliased)} take the arguments' place",
             f"  {_size(memory.temporaries):>10s}  temporaries",
             f"  {_size(memory.code):>10s}  program",
-            f"  {_size(memory.peak):>10s}  peak: {100 * memory.peak / chip.hbm_bytes:.0f}% of {_size(chip.hbm_bytes)}",
+            *(
+                f"  {_size(size):>10s}  {name}: {100 * size / chip.hbm_bytes:.0f}% of {_size(chip.hbm_bytes)}"
+                for name, size in (("reserved, the sum", memory.reserved), ("peak, live at once", memory.peak))
+            ),
         ]
     lines.append("largest      buffers of each device; not all of them exist at once:")
     for buffer in program.buffers:

@@ -48,7 +48,7 @@ class Memory:
         outputs, aliased: results, and the part of them that takes the arguments' place.
         temporaries: everything in between.
         code: the program.
-        peak: the most that exists at once.
+        peak: the most that exists at once, by the compiler's schedule.
     """
 
     arguments: int
@@ -57,6 +57,11 @@ class Memory:
     temporaries: int
     code: int
     peak: int
+
+    @property
+    def reserved(self) -> int:
+        """What the compiler sets aside: a device must have it, also where buffers of it are never used at once."""
+        return self.arguments + self.outputs - self.aliased + self.temporaries + self.code
 
 
 @dataclasses.dataclass(frozen=True)

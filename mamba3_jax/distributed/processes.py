@@ -18,6 +18,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 # Else XLA's CPU backend runs what is independent in an order of each process's own, and collectives that meet out of
 # order wait for each other for ever.
 IN_ORDER = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
+# Bytes of one that all processes raise.
+LONGEST_MESSAGE = 2000
 ADDRESS, COUNT, INDEX = VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
 
@@ -63,6 +65,23 @@ def is_first() -> bool:
 def wait_for_all(what: str) -> None:
     """Returns when every process is here."""
     multihost_utils.sync_global_devices(what)
+
+
+def raise_everywhere(check: Callable[[], None]) -> None:
+    """Calls what may raise a ValueError on the first process, and raises its message on all of them."""
+    message = ""
+    if is_first():
+        try:
+            check()
+        except ValueError as error:
+            message = str(error)
+    if jax.process_count() > 1:
+        letters = np.zeros(LONGEST_MESSAGE, np.uint8)
+        told = np.frombuffer(message.encode()[:LONGEST_MESSAGE], np.uint8)
+        letters[: told.size] = told
+        message = multihost_utils.broadcast_one_to_all(letters).tobytes().rstrip(b"\0").decode(errors="ignore")
+    if message:
+        raise ValueError(message)
 
 
 def whole(array: jax.Array) -> np.ndarray:

@@ -9,12 +9,10 @@ It is written whole or not at all. A run directory keeps the model that it selec
 """
 
 import dataclasses
-import json
 import math
 import shutil
 import types
 import typing
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +24,7 @@ from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from mamba3_jax.checks import check_shapes
+from mamba3_jax.checksums import CHECKSUMS, check_files, write_checksums
 from mamba3_jax.files import check_new, whole_directory
 from mamba3_jax.layers import AttentionConfig
 from mamba3_jax.layers.mixers import MIXERS
@@ -33,7 +32,6 @@ from mamba3_jax.models.lm import LM, LMConfig, abstract_model
 
 CONFIG = "model.yaml"
 PARAMETERS = "parameters"
-CHECKSUMS = "checksums.json"
 TOKENIZER = "tokenizer.json"
 # Of a run directory.
 MODEL = "model"
@@ -61,7 +59,7 @@ def save_model(path: Path, config: LMConfig, parameters: dict, tokenizer: Path |
             shutil.copyfile(tokenizer, unfinished / TOKENIZER)
         with _checkpointer() as checkpointer:
             checkpointer.save((unfinished / PARAMETERS).absolute(), arrays)
-        (unfinished / CHECKSUMS).write_text(json.dumps(_checksums(unfinished / PARAMETERS), indent=1) + "\n")
+        write_checksums(unfinished / CHECKSUMS, unfinished / PARAMETERS)
 
 
 def load_model(path: Path, dtype: str | None = None) -> LM:
@@ -80,7 +78,7 @@ def load_model(path: Path, dtype: str | None = None) -> LM:
     config = read_config(directory)
     if dtype is not None:
         config = dataclasses.replace(config, dtype=dtype)
-    _check_files(directory)
+    check_files(directory / CHECKSUMS, directory / PARAMETERS)
     with _checkpointer() as checkpointer:
         folder = directory / PARAMETERS
         stored = dict(checkpointer.metadata(folder.absolute()).item_metadata.tree)
@@ -192,36 +190,6 @@ def _fits(value: object, annotation: Any) -> bool:
 
 def _abstract_parameters(config: LMConfig) -> dict:
     return nnx.to_pure_dict(nnx.state(abstract_model(config), nnx.Param))
-
-
-def _checksums(folder: Path) -> dict[str, str]:
-    """The CRC-32 of every file below a folder."""
-    sums = {}
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        crc = 0
-        with path.open("rb") as file:
-            while block := file.read(2**20):
-                crc = zlib.crc32(block, crc)
-        sums[path.relative_to(folder).as_posix()] = f"{crc:08x}"
-    return sums
-
-
-def _check_files(directory: Path) -> None:
-    """Raises ValueError unless the files of the parameters are, bit for bit, those that were saved.
-
-    Before they are read: the storage library finds some changes only, and not in one line.
-    """
-    file, folder = directory / CHECKSUMS, directory / PARAMETERS
-    try:
-        saved = dict(json.loads(file.read_text()))
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise ValueError(f"{file}: got no checksums ({_first_line(error)}); allowed: as save_model writes") from error
-    found = _checksums(folder)
-    for name in sorted(saved.keys() | found.keys()):
-        if name not in found:
-            raise ValueError(f"{folder / name}: got no such file; allowed: every file that was saved")
-        if saved.get(name) != found[name]:
-            raise ValueError(f"{folder / name}: got a file that was changed since it was saved; allowed: as it was")
 
 
 def _check_parameters(path: Path, expected: dict[str, Any], got: dict[str, Any]) -> None:

@@ -129,8 +129,8 @@ class TrainConfig:
                 raise ValueError(f"{name}: got {getattr(self, name)}; allowed: a positive integer")
         if self.z_loss < 0:
             raise ValueError(f"z_loss: got {self.z_loss}; allowed: a number >= 0")
-        if self.seed < 0:
-            raise ValueError(f"seed: got {self.seed}; allowed: an integer >= 0")
+        if not 0 <= self.seed < 1 << 32:
+            raise ValueError(f"seed: got {self.seed}; allowed: 0 to {(1 << 32) - 1}")
         check_choice("remat", self.remat, get_args(Remat))
         if self.data.batch_size % self.accumulation:
             raise ValueError(
@@ -154,6 +154,16 @@ class TrainConfig:
         values = dataclasses.asdict(self)
         del values["data"]["workers"]
         return yaml.safe_dump({k: _plain(v) for k, v in values.items() if k not in FREE}, sort_keys=False)
+
+
+def fixed(text: str) -> str:
+    """Of a run's text what its resumption may not change: all but data.path, since data are told by their checksum."""
+    try:
+        values = yaml.safe_load(text)
+        del values["data"]["path"]
+    except (yaml.YAMLError, KeyError, TypeError):
+        return text
+    return yaml.safe_dump(values, sort_keys=False)
 
 
 def _plain(value: Any) -> Any:

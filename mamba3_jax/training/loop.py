@@ -8,6 +8,7 @@ Of several processes each runs this, with its own rows of every batch; what they
 """
 
 import contextlib
+import itertools
 import math
 
 import jax
@@ -15,6 +16,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
+from mamba3_jax.data.corpus import VALIDATION
 from mamba3_jax.data.pipeline import BatchIterator, Data, TokenBatch, batches
 from mamba3_jax.distributed.processes import anywhere, is_first, wait_for_all, whole
 from mamba3_jax.models.checkpoint import MODEL, save_model
@@ -88,7 +90,7 @@ class Run:
         """
         self._profile()
         with self._clock.waiting():
-            batch = self._place(self._next())
+            batch = self._place(self._next(self._iterator))
         self.state, metrics = self._train_step(self.state, batch)
         self._receive()
         self._in_flight = metrics
@@ -132,14 +134,16 @@ class Run:
                 save_model(path / MODEL, self.model, parameters, self.data.tokenizer_path)
         wait_for_all("have a model")
 
-    def validate(self) -> dict[str, float]:
-        """Mean loss in nats per target over the validation split, and perplexity."""
+    def validate(self) -> dict[str, float | None]:
+        """Mean loss in nats per target over the validation split, and perplexity; None where not finite.
+
+        Raises:
+            TrainingStopped: the data cannot be read.
+        """
         nll, count = 0.0, 0
-        iterator = self._batches("validation")
-        with contextlib.closing(iterator):
-            for i, batch in enumerate(iterator):
-                if i == self.config.eval_batches:
-                    break
+        with contextlib.closing(self._batches(VALIDATION)) as iterator:
+            batches_read = iter(lambda: self._next(iterator), None)
+            for batch in itertools.islice(batches_read, self.config.eval_batches):
                 sums = jax.device_get(self._evaluate(self.state.parameters, self._place(batch)))
                 nll, count = nll + float(sums.nll), count + int(sums.count)
         loss = nll / max(1, count)
@@ -158,9 +162,10 @@ class Run:
     def _batches(self, split: str) -> BatchIterator:
         return batches(self.data, split, seed=self.config.seed, rows=self._place.rows)
 
-    def _next(self) -> TokenBatch:
+    def _next(self, iterator: BatchIterator) -> TokenBatch | None:
+        """None at its end."""
         try:
-            return next(self._iterator)
+            return next(iterator, None)
         except ValueError as error:
             raise TrainingStopped(str(error)) from error
 
@@ -197,7 +202,7 @@ class Run:
             timing = self._clock.read()
             record |= self._interval()
             self.directory.log(dict(step=self.step) | timing, TIMING)
-        if evaluate and "validation" in self.data.splits:
+        if evaluate and VALIDATION in self.data.splits:
             record |= self.validate()
         self.directory.log(record)
         if self._board is not None:

@@ -75,6 +75,8 @@ def line_of(record: dict, timing: dict[str, float], steps: int) -> str:
         ]
     if timing:
         parts.append(f"{timing['tokens_per_second']:,.0f} tokens/s")
+        if timing["tokens_per_second_per_device"] < timing["tokens_per_second"]:
+            parts.append(f"{timing['tokens_per_second_per_device']:,.0f} tokens/s/device")
         parts.append(f"{timing['tflops_per_device']:.3g} TFLOP/s/device")
         if "mfu" in timing:
             parts.append(f"MFU {100 * timing['mfu']:.1f}%")
@@ -82,7 +84,8 @@ def line_of(record: dict, timing: dict[str, float], steps: int) -> str:
     if record.get("skipped"):
         parts.append(f"skipped {record['skipped']}")
     if "validation_loss" in record:
-        parts.append(f"validation {record['validation_loss']:.4f}, perplexity {record['validation_perplexity']:.3f}")
+        perplexity = _number(record["validation_perplexity"], ".3f")
+        parts.append(f"validation {_number(record['validation_loss'], '.4f')}, perplexity {perplexity}")
     return "  ".join(parts)
 
 
