@@ -306,8 +306,9 @@ class Mamba3(nnx.Module):
         shape = (b, t, cfg.rank, cfg.ngroups, cfg.d_state)
         return dict(
             x=self._heads(parts["x"]),
-            B=self.B_norm(parts["B"].reshape(shape)),
-            C=self.C_norm(parts["C"].reshape(shape)),
+            # Normalised in float32, then as narrow as x: every head of a group reads them again.
+            B=self.B_norm(parts["B"].reshape(shape)).astype(parts["x"].dtype),
+            C=self.C_norm(parts["C"].reshape(shape)).astype(parts["x"].dtype),
             dt=self._step_size(dt),
             A=-jnp.maximum(_decay_rate(A, cfg.a_activation), cfg.A_floor),
             lam=lam,

@@ -239,7 +239,7 @@ def project(tiling: Tiling, raw: list[jax.Array], bias_ref, by: list[Turn | None
 
 def project_slab(tiling: Tiling, slab: Slab, raw: jax.Array, by: Turn | None, bias_ref, dtype) -> jax.Array:
     """k or q of one slab."""
-    if by is None and not tiling.precise:
+    if by is None and raw.dtype == dtype == jnp.bfloat16:
         return tiling.add(raw, tiling.of_rank(bias_ref, slab.channels))
     return rotate(tiling, biased(tiling, raw, bias_ref, slab), by).astype(dtype)
 

@@ -144,6 +144,13 @@ def test_low_precision(kwargs):
     assert_low_precision_is_close(args, interpreted(rows=64), "triton", angle=TOLERANCE[jnp.bfloat16])
 
 
+def test_low_precision_of_x_alone():
+    """B and C may be wider than x: the kernels then narrow what they make of them."""
+    args = arguments(s=16, b=1, dtype=jnp.bfloat16)
+    wide = args | {name: args[name].astype(jnp.float32) for name in ("B", "C")}
+    assert_low_precision_is_close(wide, interpreted(rows=64), "triton", angle=TOLERANCE[jnp.bfloat16])
+
+
 def test_low_precision_of_turns_does_not_depend_on_the_length():
     """What a turn receives is a sum over all later tokens: off by 0.011 here, summed as such by 0.020 and the more the
     longer the row is (the chunked form: 0.041)."""
