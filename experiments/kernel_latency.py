@@ -10,8 +10,8 @@ that do not count. GB/s are of the fewest bytes and TFLOP/s of the fewest operat
 (`fewest_bytes`, `flops`), so that an implementation that moves or computes more is seen to be slower, not busier.
 
 Rows go to metrics.jsonl as they are measured. Those of the same device, jax, XLA_FLAGS, settings and code (the files of
-mamba3_jax/ops and pallas) are not measured again, so that a run can be cut into slices with --only; --measure false
-writes the report of the newest rows as they are. FILE has JSON lines of other packages, timed by their own processes on
+mamba3_jax/ops and pallas) are not measured again, so that a run can be cut into slices with --only; those of other code
+stay in the report, which says so, until they are. --measure false writes the report of the newest rows as they are. FILE has JSON lines of other packages, timed by their own processes on
 the same device: peer, model, what, shape, dtype and ms, or a reason instead of ms. A results directory holds
 metrics.jsonl, summary.json, latency.png and report.md.
 """
@@ -240,12 +240,12 @@ def main(argv: list[str]) -> int:
     if config.measure:
         same = measured.identity(config, CODE)
         chosen = measured.choose(cells(config, jax.default_backend()), command.only)
-        rows = measured.of_identity(stored, same)
-        left = [cell for cell in chosen if cell.name not in rows or rows[cell.name]["failed"]]
+        rows = measured.comparable(stored, same)
+        left = [cell for cell in chosen if not _stands(rows.get(cell.name), same)]
         _measure_all(left, config, same, rows, folder)
     else:
         same = measured.newest_identity(stored, folder)
-        rows = measured.of_identity(stored, same)
+        rows = measured.comparable(stored, same)
     shapes = [str(Shape.parse(text)) for text in config.shapes]
     summary = dict(command=command.line, **same, shapes=shapes, rows=list(rows.values()), peers=peers)
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
@@ -253,6 +253,11 @@ def main(argv: list[str]) -> int:
     kernel_report.plot(folder / "latency.png", summary)
     print(f"report: {folder / 'report.md'}")
     return int(any(row["failed"] for row in rows.values()))
+
+
+def _stands(row: dict | None, same: dict) -> bool:
+    """Whether a cell with this row need not be measured: there is nothing to measure of what the device cannot hold."""
+    return row is not None and not row["failed"] and row["code"] == same["code"]
 
 
 def _measure_all(chosen: list[Cell], config: Config, same: dict, rows: dict[str, dict], folder: Path) -> None:

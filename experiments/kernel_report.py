@@ -73,6 +73,10 @@ def render(summary: dict) -> str:
         "Attention has h heads of size p, the width of x; a Transformer layer as wide as a Mamba layer with expand 2 "
         "has half as many.",
     ]
+    earlier = [row for row in rows if row["code"] != summary["code"] and "ms" in row and row["model"] in MODELS]
+    if earlier:
+        forms = dict.fromkeys(_form(row["model"], row["implementation"], rows) for row in earlier)
+        lines += ["", f"Code: {summary['code']}; measured with earlier code: {'; '.join(forms)}."]
     lines += _passes(rows, ceilings, summary["shapes"]) + _decode(rows, ceilings) + _prefill(rows) + _accuracy(rows)
     if summary["peers"] is not None:
         lines += _peers(rows, summary["peers"])
