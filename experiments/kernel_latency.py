@@ -11,9 +11,9 @@ that do not count. GB/s are of the fewest bytes and TFLOP/s of the fewest operat
 
 Rows go to metrics.jsonl as they are measured. Those of the same device, jax, XLA_FLAGS, settings and code (the files of
 mamba3_jax/ops and pallas) are not measured again, so that a run can be cut into slices with --only; those of other code
-stay in the report, which says so, until they are. --measure false writes the report of the newest rows as they are. FILE has JSON lines of other packages, timed by their own processes on
-the same device: peer, model, what, shape, dtype and ms, or a reason instead of ms. A results directory holds
-metrics.jsonl, summary.json, latency.png and report.md.
+stay in the report, which says so, until they are. --measure false writes the report of the newest rows as they are.
+FILE has JSON lines of other packages, timed by their own processes on the same device: peer, model, what, shape, dtype
+and ms, or a reason instead of ms. A results directory holds metrics.jsonl, summary.json, latency.png and report.md.
 """
 
 import concurrent.futures
