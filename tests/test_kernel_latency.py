@@ -167,6 +167,16 @@ def test_rows_of_other_code_or_settings_are_measured_again(tmp_path):
     assert len(stored(tmp_path)) == 2 and stored(tmp_path)[-1]["code"] == row["code"]
 
 
+def test_rows_of_other_code_stay_in_the_report_which_says_so(tmp_path):
+    assert run(tmp_path, "--only=decode,siso,*") == 0
+    rows = [row | dict(code="another") for row in stored(tmp_path)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert run(tmp_path, "--only=ceiling,copy,*") == 0
+    text = (tmp_path / "report.md").read_text()
+    assert f"Code: {stored(tmp_path)[-1]['code']}; measured with earlier code: Mamba-3 SISO, XLA, recurrent." in text
+    assert "## A decode step" in text
+
+
 @pytest.mark.parametrize(
     "options, message",
     [

@@ -22,7 +22,7 @@ forward 0.93, forward + backward 4.02). The kernels alone, without what api.py p
     weights' gradients made by the values' kernel: 1500 instructions fewer, 0.5 kB of spills, 1.64 against 1.34
     all slabs in one kernel of dq and one of dk: 1300 instructions fewer, 1.53 to 1.58 against 1.53
     values' gradients with dx first, dz last: half of the spills, 1.01 against 0.89: what is loaded late is waited for
-    registers capped at 168 again (three programs per multiprocessor): outputs 0.51, all others slower by 15 to 80%
+    registers capped at 168 again (three programs per multiprocessor): outputs 0.51, all others slower by 33 to 80%
 
     chunk 128, 8 warps, forward: 0.34 + 0.76 (states + outputs) against 0.25 + 0.52 with 64, 4 warps
     chunk 32, 4 warps, forward: 0.38 + 0.68 (states + outputs), because states are written twice as often

@@ -42,16 +42,17 @@ class BlockSizes:
 def default_block_sizes(p: int, n: int, r: int) -> BlockSizes:
     """64 numbers of the state in each thread of two warps; with 8 ranks half of that, for their vectors would spill.
 
-    One H100, b=128 h=64 p=64 n=128, ms by rows / warps, and the ratio to the states' bytes at the rate of a copy:
+    One H100, b=128 h=64 p=64 n=128, ms by rows / warps, the smaller of two runs, and in brackets times what the bytes
+    of the states take at the rate of a copy; 0.117 is about as long as it takes to call:
 
-        states      64 / 4         32 / 4    32 / 2         16 / 1    64 / 2    outputs by tensor cores, 32 / 2
-        SISO float32    0.205 (1.10)  0.209  0.208 (1.12)   0.213     0.212     0.235
-        SISO bfloat16   0.121 (1.29)  0.125  0.116 (1.24)   0.115     0.117     0.120 (16 / 2)
-        MIMO float32    0.287 (1.47)  0.308  0.259 (1.33)   0.280     0.384     0.271
-        MIMO bfloat16   0.193 (1.97)  0.216  0.173 (1.77)   0.175     0.172     0.178 (32 / 1)
+                        64 / 4        32 / 4  32 / 2        16 / 1  64 / 2  outputs by tensor cores
+        SISO float32    0.205 (1.10)  0.209   0.208 (1.12)  0.213   0.212   0.235 (32 / 2)
+        SISO bfloat16   0.120 (1.28)  0.121   0.116 (1.24)  0.115   0.117   0.120 (16 / 2)
+        MIMO float32    0.286 (1.46)  0.308   0.257 (1.31)  0.280   0.384   0.271 (32 / 2)
+        MIMO bfloat16   0.193 (1.97)  0.215   0.172 (1.76)  0.175   0.170   0.178 (32 / 1)
 
     Fewer warps wait less for each other. What is left of MIMO is its instructions: every thread of a row makes the
-    row's gates, and the vectors along n are made by every warp. A loop over rows unrolled does not fit in registers.
+    row's gates, and the vectors along n are made by every warp. On the tensor cores bfloat16 outputs are off by 1.3e-2.
     """
     per_thread = 64 if r < 8 else 32
     block_p = min(p, max(1, 64 * per_thread // n))
