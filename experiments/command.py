@@ -24,6 +24,7 @@ class Command[Config]:
         results_dir: where results go.
         line: how to repeat it.
         only: of an experiment with several cells, those whose name matches the pattern.
+        processes: so many of those cells run at a time, each in a process of its own.
         smoke: whether everything is shrunk until it runs in seconds and means nothing.
     """
 
@@ -32,6 +33,7 @@ class Command[Config]:
     results_dir: Path
     line: str
     only: str = "*"
+    processes: int = 1
     smoke: bool = False
 
 
@@ -44,7 +46,7 @@ def parse[Config](name: str, config_class: type[Config], argv: list[str], *, cel
         name: the experiment's.
         config_class: a frozen dataclass that validates itself.
         argv: what followed the name.
-        cells: whether the experiment has several cells, and so the options `--only PATTERN` and `--smoke`.
+        cells: whether the experiment has several cells, and so `--only PATTERN`, `--processes N` and `--smoke`.
 
     Raises:
         SystemExit: status 2 after one line on stderr, for a bad option, value or file.
@@ -54,6 +56,7 @@ def parse[Config](name: str, config_class: type[Config], argv: list[str], *, cel
     parser.add_argument("--results_dir", type=str, default=None, help="default: results/<config>[,option=value...]")
     if cells:
         parser.add_argument("--only", type=str, default="*", help="run the cells whose name matches the pattern")
+        parser.add_argument("--processes", type=int, default=1, help="run so many cells at a time, on all GPUs")
         parser.add_argument("--smoke", action="store_true", help="a few tiny steps of everything, in seconds")
     try:
         parsed = parser.parse_args(argv)
@@ -61,11 +64,15 @@ def parse[Config](name: str, config_class: type[Config], argv: list[str], *, cel
         files = [str(path) for path in parsed.config or []]
         base = parser.parse_args([f"--config={path}" for path in files])
         base = instantiate(parser, base, config_class)
+        if cells and parsed.processes < 1:
+            raise ValueError(f"processes: got {parsed.processes}; allowed: a positive integer")
     except (jsonargparse.ArgumentError, ValueError, TypeError) as error:
         fail(one_line(error, config_class))
     directory = parsed.results_dir or RESULTS / _default_name(name, files, to_dict(base), to_dict(config))
-    line = shlex.join(["uv", "run", "mamba3", "experiment", name, *_without("--measure", _without("--only", argv))])
-    options = dict(only=parsed.only, smoke=parsed.smoke) if cells else {}
+    for option in ("--only", "--processes", "--measure"):
+        argv = _without(option, argv)
+    line = shlex.join(["uv", "run", "mamba3", "experiment", name, *argv])
+    options = dict(only=parsed.only, processes=parsed.processes, smoke=parsed.smoke) if cells else {}
     return Command(config, _text(config), Path(directory), line, **options)
 
 

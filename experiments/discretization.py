@@ -123,10 +123,9 @@ def main(argv: list[str]) -> int:
     """The command; returns the exit status."""
     command = parse("discretization", Config, argv, cells=True)
     cell.use_all_cores()
-    status = 0
-    grid.check_only(command, *command.config.grids(command.smoke))
-    for one in command.config.grids(command.smoke):
-        status = status or grid.run(dataclasses.replace(command, config=one), deviations)
+    grids = command.config.grids(command.smoke)
+    grid.check_only(command, *grids)
+    status = grid.run(command, *grids, deviations=deviations)
     write_report(command)
     return status
 

@@ -1,7 +1,7 @@
 """Many sweeps as one experiment: models x tasks x widths, one results directory each, resumable at any moment.
 
 A cell whose summary.json exists is done and is not run again; one that was interrupted continues from its checkpoint.
-Several processes may share a grid, each with its own part of it by `--only`.
+Several may run at a time, each in a process of its own (`--processes`).
 """
 
 import copy
@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from experiments import cell
 from experiments.command import Command, from_dict
+from experiments.processes import run_apart
 from mamba3_jax.checks import check_choice
 from mamba3_jax.command import fail
 from mamba3_jax.tasks import get_task
@@ -108,15 +109,20 @@ def check_only(command: Command, *grids: GridConfig) -> None:
         fail(f"only: got {command.only!r}, which matches no cell; allowed: a pattern of {', '.join(names)}")
 
 
-def run(command: Command[GridConfig], deviations=None) -> int:
+def run(command: Command, *grids: GridConfig, deviations=None) -> int:
     """Runs every cell that is not done yet and that `--only` names; returns the exit status."""
-    for place in cells(command.config, command.smoke):
-        directory = command.results_dir / place.name
-        if not fnmatch.fnmatch(place.name, command.only) or _is_done(command, place):
-            continue
+    missing = [
+        place
+        for config in grids
+        for place in cells(config, command.smoke)
+        if fnmatch.fnmatch(place.name, command.only) and not _is_done(command, place)
+    ]
+    if command.processes > 1 and len(missing) > 1:
+        return run_apart(command, [place.name for place in missing])
+    for place in missing:
         print(f"== {place.name}", flush=True)
         line = f"{command.line} --only '{place.name}'"
-        one = Command(place.config, place.text, directory, line)
+        one = Command(place.config, place.text, command.results_dir / place.name, line)
         if status := cell.execute(one, None if deviations is None else deviations(place.config)):
             return status
     return 0

@@ -51,7 +51,7 @@ def main(argv: list[str]) -> int:
     command = parse("retrieval", RetrievalConfig, argv, cells=True)
     cell.use_all_cores()
     grid.check_only(command, command.config)
-    status = grid.run(command)
+    status = grid.run(command, command.config)
     if not status:
         status = run_further_tests(command)
     write_report(command)

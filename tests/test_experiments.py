@@ -2,6 +2,12 @@
 
 import dataclasses
 import json
+import os
+import signal
+import subprocess
+import tempfile
+import threading
+import time
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +15,7 @@ import numpy as np
 import pytest
 import yaml
 
-from experiments import cell, grid, reproduce, sweep, table_5b
+from experiments import cell, grid, processes, reproduce, sweep, table_5b
 from experiments.command import from_dict, parse
 from experiments.grid import GridConfig
 from experiments.models import ModelConfig
@@ -167,6 +173,10 @@ def tiny_grid(tmp_path):
     return lambda *options: parse("table_5b", GridConfig, [*argv, *options], cells=True)
 
 
+def run_grid(command) -> int:
+    return grid.run(command, command.config)
+
+
 def test_a_grid_is_every_model_on_every_task_at_every_width(tiny_grid):
     places = list(grid.cells(tiny_grid().config))
     assert {place[:3] for place in places} == {
@@ -188,15 +198,87 @@ def test_a_grid_runs_what_is_not_done_and_what_only_names(tiny_grid, monkeypatch
         return execute(command, deviations) if len(done) != 2 else 130
 
     monkeypatch.setattr(cell, "execute", once)
-    assert grid.run(tiny_grid("--smoke", "--only", "*even_pairs*")) == 0
+    assert run_grid(tiny_grid("--smoke", "--only", "*even_pairs*")) == 0
     assert done == ["mamba2,even_pairs,d=8"]
-    assert grid.run(tiny_grid("--smoke")) == 130
-    assert grid.run(tiny_grid("--smoke")) == 0
+    assert run_grid(tiny_grid("--smoke")) == 130
+    assert run_grid(tiny_grid("--smoke")) == 0
     assert done[1:] == ["mamba3,parity,d=8"] * 2
-    assert grid.run(tiny_grid("--smoke")) == 0 and len(done) == 3
+    assert run_grid(tiny_grid("--smoke")) == 0 and len(done) == 3
     found = grid.summaries(tiny_grid("--smoke"))
     assert {key[:2] for key in found} == {("mamba2", "even_pairs"), ("mamba3", "parity")}
     assert found["mamba3", "parity", 8]["command"].endswith("--only 'mamba3,parity,d=8'")
+
+
+def test_cells_in_processes_of_their_own_leave_what_one_process_leaves(tiny_grid, capsys):
+    """And a second time there is nothing to do."""
+    apart = tiny_grid("--smoke", "--processes", "2")
+    assert run_grid(apart) == 0
+    found = {key: summary["command"] for key, summary in grid.summaries(apart).items()}
+    assert {key[:2] for key in found} == {("mamba2", "even_pairs"), ("mamba3", "parity")}
+    assert found["mamba3", "parity", 8] == f"{tiny_grid('--smoke').line} --only 'mamba3,parity,d=8'"
+    assert capsys.readouterr().out.count(": done; ") == 2
+    assert run_grid(apart) == 0 and not capsys.readouterr().out
+
+
+@pytest.fixture
+def shell(tiny_grid, monkeypatch):
+    """(scripts by name) -> the status of running them, two at a time, as if they were cells."""
+
+    def start(command, name, gpu):
+        output = tempfile.TemporaryFile("w+")
+        return processes._Running(name, gpu, subprocess.Popen(["sh", "-c", scripts[name]], stdout=output), output)
+
+    def run(found: dict[str, str]) -> int:
+        scripts.update(found)
+        return processes.run_apart(tiny_grid("--processes", "2"), list(found))
+
+    scripts: dict[str, str] = {}
+    monkeypatch.setattr(processes, "_start", start)
+    return run
+
+
+def test_a_cell_that_fails_leaves_the_others_alone_and_its_status_is_the_grids(shell, tmp_path, capsys):
+    assert shell({"bad": "echo why; exit 3", "good": f"touch {tmp_path}/a", "next": f"touch {tmp_path}/b"}) == 3
+    assert (tmp_path / "a").exists() and (tmp_path / "b").exists()
+    assert "== bad: why; " in capsys.readouterr().out
+
+
+def test_an_interrupt_is_handed_on_and_what_waits_is_not_begun(shell, tmp_path):
+    """Both cells that run save; the third never starts."""
+    save = "trap 'touch {0}; exit 130' TERM; touch {0}.began; sleep 60 & wait"
+    cells = {name: save.format(tmp_path / name) for name in ("one", "two")} | {"three": f"touch {tmp_path}/three"}
+
+    def stop():
+        while not all((tmp_path / f"{name}.began").exists() for name in ("one", "two")):
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=stop, daemon=True).start()
+    assert shell(cells) == 130
+    assert (tmp_path / "one").exists() and (tmp_path / "two").exists() and not (tmp_path / "three").exists()
+
+
+def test_processes_go_to_the_gpu_with_the_fewest(monkeypatch):
+    monkeypatch.setattr(processes.jax, "default_backend", lambda: "gpu")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    gpus = processes._gpus(4)
+    running: list = []
+    for name in "abcd":
+        running.append(processes._Running(name, processes._least_used(gpus, running), None, None))
+    assert [cell.gpu for cell in running] == ["3", "5", "3", "5"]
+
+
+def test_processes_on_a_tpu_are_refused(monkeypatch, capsys):
+    monkeypatch.setattr(processes.jax, "default_backend", lambda: "tpu")
+    with pytest.raises(SystemExit):
+        processes._gpus(4)
+    assert capsys.readouterr().err.startswith("processes: got 4 on a machine with tpu devices")
+
+
+def test_less_than_one_process_is_refused(tiny_grid, capsys):
+    with pytest.raises(SystemExit):
+        tiny_grid("--processes", "0")
+    assert capsys.readouterr().err == "processes: got 0; allowed: a positive integer\n"
 
 
 def test_only_that_matches_nothing_is_refused(tiny_grid, capsys):
@@ -215,7 +297,7 @@ def test_a_finished_cell_of_another_config_is_refused(tiny_grid, capsys):
     folder.mkdir(parents=True)
     (folder / "summary.json").write_text("{}")
     (folder / "config.yaml").write_text(place.text.replace("batch_size: 4", "batch_size: 8"))
-    for look in (grid.run, grid.summaries):
+    for look in (run_grid, grid.summaries):
         with pytest.raises(SystemExit):
             look(command)
         message = capsys.readouterr().err

@@ -159,7 +159,7 @@ BAD_OPTIONS = {
     "odd state": (["--model.d_state", "7"], "d_state: got 7", "even"),
     "unknown task": (["--task", "chess"], "task: got 'chess'", "parity"),
     "supervision that is not defined": (
-        ["--task", "modular_arithmetic_brackets", "--uniform_from", "8"], "supervision: got 'every'", "'final'",
+        ["--task", "induction_heads", "--uniform_from", "8"], "supervision: got 'every'", "'final'",
     ),
     "kernel that is not there": (["--model.implementation", "triton"], "implementation: got 'triton'", "'chunked'"),
     "missing file": (["--config", "nowhere.yaml"], "nowhere.yaml", "not exist"),

@@ -13,8 +13,8 @@ from mamba3_jax.tasks import TASKS, get_task, modular_arithmetic_brackets, scale
 
 SIZE = 256
 BRACKETS = "modular_arithmetic_brackets"
-ALL = {**TASKS, BRACKETS + "_times": modular_arithmetic_brackets(times=True)}
-PREFIXES = [name for name in TASKS if name != BRACKETS]  # the tasks whose every prefix has an answer
+TIMES = BRACKETS + "_times"
+ALL = {**TASKS, TIMES: modular_arithmetic_brackets(times=True)}
 
 # One line per task: the answer's id from the ids before it.
 ANSWERS = {
@@ -23,7 +23,7 @@ ANSWERS = {
     "cycle_navigation": lambda ids: 4 + (ids.count(2) - ids.count(3)) % 5,
     "modular_arithmetic": lambda ids: 5 + evaluate(spell(ids, "_+-*=01234")),
     BRACKETS: lambda ids: evaluate(spell(ids, "01234+-*()=_")),
-    BRACKETS + "_times": lambda ids: evaluate(spell(ids, "01234+-*()=_")),
+    TIMES: lambda ids: evaluate(spell(ids, "01234+-*()=_")),
     "S3": lambda ids: 1 + shuffle(ids, EVERY_3),
     "S5": lambda ids: 1 + shuffle(ids, EVERY_5),
     "A5": lambda ids: 1 + shuffle(ids, EVEN_5),
@@ -112,16 +112,23 @@ def test_the_answer_is_right_and_asked_for_once_just_before_it(name):
             assert mask[len(ids) - 2]
 
 
-@pytest.mark.parametrize("name", PREFIXES)
+@pytest.mark.parametrize("name", TASKS)
 def test_every_position_asks_for_the_answer_to_its_prefix(name):
     batch = draw(name, 60, supervision="every")
     for ids, labels, mask in zip(rows(name, batch), batch.labels, batch.mask):
         asked = range(len(ids) - 1)
         if name == "modular_arithmetic":
             asked = [i for i in asked if ids[i] >= 5 or ids[i] == 4]  # digits and '='
+        if name == BRACKETS:
+            asked = [i for i in asked if ids[i] <= 4 or ids[i] == 10]  # likewise
         assert np.flatnonzero(mask).tolist() == list(asked)
-        assert [labels[i] for i in asked] == [ANSWERS[name](ids[: i + 1]) for i in asked]
+        assert [labels[i] for i in asked] == [ANSWERS[name](prefix(name, ids[:-1], i + 1)) for i in asked]
         assert (labels[~mask] == ALL[name].pad_id).all()
+
+
+def prefix(name, ids, length):
+    """The first ids, closed if they have brackets: with a 0 for every digit that is still to come."""
+    return ids[:length] + [0 if i <= 4 else i for i in ids[length:]] if name == BRACKETS else ids[:length]
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -147,7 +154,7 @@ def test_lengths_are_uniform_on_exactly_the_allowed_ones(name):
 
 @pytest.mark.parametrize("name", ALL)
 def test_equal_bounds_give_one_length(name):
-    exact = {"modular_arithmetic": 255, BRACKETS: 255, BRACKETS + "_times": 255}.get(name, 256)
+    exact = {"modular_arithmetic": 255, BRACKETS: 255, TIMES: 255}.get(name, 256)
     assert {len(ids) for ids in rows(name, draw(name, 256, 256))} == {exact}
 
 
@@ -164,7 +171,7 @@ def test_answers_are_uniform_at_256_so_that_a_constant_answer_scores_nothing(nam
 
 
 def test_products_make_zero_a_good_guess():
-    assert 0.10 < scaled_accuracy(answers_at_256(BRACKETS + "_times").count(0) / 8192, 1 / 5) < 0.17
+    assert 0.10 < scaled_accuracy(answers_at_256(TIMES).count(0) / 8192, 1 / 5) < 0.17
 
 
 @pytest.mark.parametrize(
@@ -184,7 +191,7 @@ def test_symbols_are_uniform(name, outcomes):
     assert_uniform([i for ids in questions for i in ids if i in outcomes], outcomes)
 
 
-@pytest.mark.parametrize("name, ops", [(BRACKETS, "+-"), (BRACKETS + "_times", "+-*")])
+@pytest.mark.parametrize("name, ops", [(BRACKETS, "+-"), (TIMES, "+-*")])
 def test_bracketed_expressions_derive_from_the_grammar_with_uniform_splits_and_operators(name, ops):
     length = 24
     texts = [spell(ids[:-1], "01234+-*()=_") for ids in rows(name, draw(name, length + 3, length + 3))]
@@ -240,13 +247,13 @@ def test_a_traced_maximum_does_not_recompile():
         ("parity", {"min_length": 41}, "max_length: got 40 with task 'parity'; allowed: at least min_length=41"),
         ("parity", {"batch_size": 0}, "batch_size: got 0; allowed: a positive integer"),
         ("parity", {"supervision": "last"}, "supervision: got 'last'; allowed: 'final', 'every'"),
-        (BRACKETS, {"supervision": "every"}, f"supervision: got 'every' with task '{BRACKETS}'; allowed: 'final'"),
+        (TIMES, {"supervision": "every"}, f"supervision: got 'every' with task '{TIMES}'; allowed: 'final'"),
     ],
 )
 def test_errors_name_the_argument_what_came_and_what_is_allowed(name, arguments, message):
     arguments = {"batch_size": 4, "max_length": 40, "size": 40, **arguments}
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        get_task(name).sample(jax.random.key(0), **arguments)
+        ALL[name].sample(jax.random.key(0), **arguments)
 
 
 @pytest.mark.parametrize("name", ["parity", "modular_arithmetic", BRACKETS])
