@@ -21,6 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas.step import Pairing, State, Token, Weights, check_dtypes, output_shape
+from pallas.triton import ptx
 
 RANKS = (1, 2, 4, 8)
 
@@ -28,7 +29,6 @@ RANKS = (1, 2, 4, 8)
 TWO_PI = 2 * math.pi
 TWO_PI_HIGH = 6.28125
 TWO_PI_LOW = TWO_PI - TWO_PI_HIGH
-LOG2_E = math.log2(math.e)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +64,7 @@ def _decode_kernel(
 ):
     """One head of one row. Refs: ssm (p, n), B, C, k and biases (r, n), mimo (r, p), y (p,) or (r, p), angle (s,)."""
     r, n = state_ref.k.shape
-    fma = functools.partial(_ptx, "fma.rn", interpret)
+    fma = functools.partial(ptx.fma, interpret=interpret)
     decay, carry, gamma = jnp.exp(_f32(token_ref.log_decay)), _f32(token_ref.carry), _f32(token_ref.gamma)
     rotate = _rotation(state_ref, token_ref, n, pairing, interpret)
     k = [rotate(token_ref.B, weights_ref.B_bias, j) for j in range(r)]
@@ -104,9 +104,8 @@ def _output(y_ref, rows, o: list, v: list, token_ref, weights_ref, interpret: bo
         o = [o_j + _f32(weights_ref.D) * v_j for o_j, v_j in zip(o, v)]
     if token_ref.z is not None:
         gates = _ranks(token_ref.z[rows], weights_ref.mimo_z, rows, len(o))
-        # Every thread of a row makes its gates, so they must be cheap: without the division's slow path, to 2^-21.
-        sigmoids = [_ptx("rcp.approx", interpret, 1 + _ptx("ex2.approx", interpret, -LOG2_E * gate)) for gate in gates]
-        o = [o_j * (gate * sigmoid) for o_j, gate, sigmoid in zip(o, gates, sigmoids)]
+        # Every thread of a row makes its gates, so they must be cheap.
+        o = [o_j * (gate * ptx.sigmoid(gate, interpret)) for o_j, gate in zip(o, gates)]
     if weights_ref.mimo_o is not None:
         o = [sum(o_j * _f32(weights_ref.mimo_o, j, rows) for j, o_j in enumerate(o))]
     for j, o_j in enumerate(o):
@@ -132,7 +131,7 @@ def _rotation(state_ref, token_ref, n: int, pairing: Pairing, interpret: bool):
     pair, bit = (channel // 2, 1) if pairing == "interleaved" else (channel % (n // 2), n // 2)
     # Channels beyond the s pairs do not turn: they read a valid angle and drop it.
     theta = jnp.where(pair < s, _advance(state_ref, token_ref, jnp.where(pair < s, pair, 0)), 0.0)
-    cos, sin = _ptx("cos.approx", interpret, theta), _ptx("sin.approx", interpret, theta)
+    cos, sin = ptx.cos(theta, interpret=interpret), ptx.sin(theta, interpret=interpret)
     sin = jnp.where((channel & bit) == 0, -sin, sin)
     return lambda ref, bias_ref, j: (
         biased(ref, bias_ref, j, channel) * cos + biased(ref, bias_ref, j, channel ^ bit) * sin
@@ -151,29 +150,6 @@ def _wrap(angle):
     """rotation.wrap; the turns are rounded by floor because the Triton lowering has no round."""
     turns = jnp.floor(angle * (1 / TWO_PI) + 0.5)
     return (angle - turns * TWO_PI_HIGH) - turns * TWO_PI_LOW
-
-
-def _ptx(instruction: str, interpret: bool, *args):
-    """A float32 instruction of the GPU, element by element. Its sin and cos err by less than 1e-6 on [-pi, pi]."""
-    if interpret:
-        return _MEANINGS[instruction](*args)
-    args = jnp.broadcast_arrays(*args)
-    return plgpu.elementwise_inline_asm(
-        f"{instruction}.f32 {', '.join(f'${i}' for i in range(len(args) + 1))};",
-        args=args,
-        constraints=",".join(["=f"] + ["f"] * len(args)),
-        pack=1,
-        result_shape_dtypes=[jax.ShapeDtypeStruct(args[0].shape, jnp.float32)],
-    )[0]
-
-
-_MEANINGS = {
-    "sin.approx": jnp.sin,
-    "cos.approx": jnp.cos,
-    "ex2.approx": jnp.exp2,
-    "rcp.approx": jnp.reciprocal,
-    "fma.rn": lambda a, b, c: a * b + c,
-}
 
 
 def _f32(ref, *index):

@@ -20,8 +20,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from pallas.triton import ptx
+
 TWO_PI = 2 * np.pi
-LOG2_E = float(np.log2(np.e))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,14 +83,9 @@ class Tiling:
         )
 
     def cos_sin(self, angle):
-        """Cosine and sine by the hardware; libdevice's cost half a kernel.
-
-        If precise to 2^-20.9; else not wrapped before, and the error grows with the angle, to 2^-10 at 10^4.
-        """
-        if self.interpret:
-            return jnp.cos(angle), jnp.sin(angle)
-        angle = self.wrap(angle) if self.precise else angle
-        return _ptx("cos.approx.f32", angle), _ptx("sin.approx.f32", angle)
+        """Cosine and sine; if precise, of the wrapped angle."""
+        angle = self.wrap(angle) if self.precise and not self.interpret else angle
+        return ptx.cos(angle, interpret=self.interpret), ptx.sin(angle, interpret=self.interpret)
 
     def wrap(self, angle):
         """The same angle in [-pi, pi]."""
@@ -97,44 +93,21 @@ class Tiling:
         return self.fma(turns, -TWO_PI, angle)
 
     def fma(self, a, b, c):
-        """a b + c in one instruction, which this lowering does not make of two."""
-        if self.interpret:
-            return a * b + c
-        return _ptx("fma.rn.f32", *jnp.broadcast_arrays(a, jnp.float32(b), jnp.float32(c)))
+        """a b + c in one instruction."""
+        return ptx.fma(a, b, c, interpret=self.interpret)
 
     def add(self, u, v):
-        """u + v in the dtype of u, bfloat16: two sums in one instruction, and nothing to convert."""
-        v = jnp.broadcast_to(v, u.shape).astype(u.dtype)
-        if self.interpret:
-            return u + v
-        # Not add.bf16x2, which GPUs before Hopper lack.
-        return _ptx("{ .reg .b32 one; mov.b32 one, 0x3f803f80; fma.rn.bf16x2 $0, $1, one, $2; }", u, v)
+        """u + v in the dtype of u, bfloat16: nothing to convert."""
+        return ptx.add_bfloat16(u, jnp.broadcast_to(v, u.shape).astype(u.dtype), interpret=self.interpret)
 
     def exp2(self, u):
-        """To 2^-21 relative."""
-        return jnp.exp2(u) if self.interpret else _ptx("ex2.approx.ftz.f32", u)
+        return ptx.exp2(u, interpret=self.interpret)
 
     def sigmoid(self, u):
-        """To 2^-21, without the division's slow path; to 2^-12 where that is enough."""
-        if self.interpret:
-            return jax.nn.sigmoid(u)
-        if not self.precise:
-            return self.fma(_ptx("tanh.approx.f32", 0.5 * u), 0.5, 0.5)
-        return _ptx("rcp.approx.ftz.f32", 1 + _ptx("ex2.approx.ftz.f32", u * -LOG2_E))
-
-
-def _ptx(instruction: str, *args):
-    """PTX per element, or per two of bfloat16: an instruction, or a block with operands; it has no interpreted form."""
-    operands = ", ".join(f"${i}" for i in range(len(args) + 1))
-    code = instruction if "$" in instruction else f"{instruction} {operands};"
-    kind, pack = ("f", 1) if args[0].dtype == jnp.float32 else ("r", 2)
-    return plgpu.elementwise_inline_asm(
-        code,
-        args=list(args),
-        constraints=",".join([f"={kind}"] + [kind] * len(args)),
-        pack=pack,
-        result_shape_dtypes=[jax.ShapeDtypeStruct(args[0].shape, args[0].dtype)],
-    )[0]
+        """To 2^-21; to 2^-12 where that is enough."""
+        if self.precise or self.interpret:
+            return ptx.sigmoid(u, self.interpret)
+        return self.fma(ptx.tanh(0.5 * u, interpret=False), 0.5, 0.5)
 
 
 class Slab(NamedTuple):
@@ -251,11 +224,11 @@ def later(tiling: Tiling, ops, t0, transposed: bool = False) -> jax.Array:
     if ops.segment_ids is not None:
         same = tiling.of_token(ops.segment_ids, t0)[:, None] == tiling.of_token(ops.segment_ids, t0)[None, :]
     if ops.fine is None:
-        cs = tiling.of_token(ops.coarse, t0) * LOG2_E
+        cs = tiling.of_token(ops.coarse, t0) * ptx.LOG2_E
         exponent = cs[:, None] - cs[None, :]
     else:
         coarse, fine = tiling.of_token(ops.coarse, t0), tiling.of_token(ops.fine, t0)
-        exponent = ((coarse[:, None] - coarse[None, :]) + (fine[:, None] - fine[None, :])) * LOG2_E
+        exponent = ((coarse[:, None] - coarse[None, :]) + (fine[:, None] - fine[None, :])) * ptx.LOG2_E
     if transposed:
         i, j, exponent = j, i, -exponent
     return jnp.where(i > j if same is None else (i > j) & same, tiling.exp2(exponent), 0)
