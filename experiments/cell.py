@@ -168,7 +168,10 @@ def execute(command: Command[Config], deviations: list[str] | None = None) -> in
             with one_line_errors(command):
                 check_memory(sweep, command.config.interval)
                 directory = RunDirectory(command.results_dir, command.text)
-            training = train(sweep, command.config.schedule, evaluation_sets(command.config, "validation"), directory)
+            with contextlib.closing(directory):
+                with one_line_errors(command):
+                    training = Training.start(sweep, command.config.schedule, directory)
+                train(training, evaluation_sets(command.config, "validation"), directory)
             _report(command, training, directory, deviations)
     except KeyboardInterrupt:
         print(f"interrupted; the same command resumes {command.results_dir} from its last checkpoint")

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax
 from jaxtyping import PRNGKeyArray
 
-from experiments import grid
+from experiments import cell, grid
 from experiments.command import Command
 from experiments.grid import Cell, GridConfig
 from experiments.training import Training, evaluate
@@ -113,7 +113,8 @@ def _run_further_tests(command: Command[RetrievalConfig], place: Cell) -> None:
     with contextlib.closing(RunDirectory(directory, place.text)) as run:
         if run.latest_step is None:
             fail(f"results_dir: got {directory}, without a checkpoint to test; allowed: one in which the cell trained")
-        training = Training.start(place.config.sweep(), place.config.schedule, run)
+        with cell.one_line_errors(command):
+            training = Training.start(place.config.sweep(), place.config.schedule, run)
     best = jax.tree.map(lambda p: p[training.selected : training.selected + 1], training.best)
     for test in missing:
         batches = _batches(test, command.config, place)

@@ -1,6 +1,5 @@
 """A sweep from first to last step: intervals, validation, each run's best parameters, checkpoints, interrupts."""
 
-import contextlib
 import dataclasses
 import math
 import time
@@ -56,7 +55,7 @@ class Training:
 
     @classmethod
     def start(cls, sweep: Sweep, schedule: Schedule, directory: RunDirectory) -> "Training":
-        """From the directory's newest checkpoint, or from nothing."""
+        """From the directory's newest checkpoint, or from nothing; raises ValueError if that is damaged."""
         runs, n = sweep.init(), len(sweep.seeds)
         fresh = cls(sweep, schedule, runs, runs.parameters, [{} for _ in range(n)], [0] * n, [0] * n, 0.0, {})
         restored = directory.restore(dict(runs=runs, best=fresh.best))
@@ -155,24 +154,21 @@ class Training:
         return shown
 
 
-def train(sweep: Sweep, schedule: Schedule, validation: dict[str, list[Batch]], directory: RunDirectory) -> Training:
-    """Trains until done; resumes whatever the directory holds. However it ends, its checkpoints are on disk.
+def train(training: Training, validation: dict[str, list[Batch]], directory: RunDirectory) -> None:
+    """Trains until done. However it ends, once the directory is closed its checkpoints are on disk.
 
     Raises:
         KeyboardInterrupt: Ctrl-C or SIGTERM, after the interval in progress was saved.
     """
-    with contextlib.closing(directory):
-        training = Training.start(sweep, schedule, directory)
-        with interrupts() as stop, progress(sweep.max_steps, training.step) as show:
-            while not training.done:
-                if stop:
-                    training.save(directory)
-                    raise KeyboardInterrupt
-                training.advance(validation, directory)
-                show(training.step, training.status())
-                if training.step % schedule.evaluate_every == 0:
-                    training.save(directory)
-    return training
+    with interrupts() as stop, progress(training.sweep.max_steps, training.step) as show:
+        while not training.done:
+            if stop:
+                training.save(directory)
+                raise KeyboardInterrupt
+            training.advance(validation, directory)
+            show(training.step, training.status())
+            if training.step % training.schedule.evaluate_every == 0:
+                training.save(directory)
 
 
 def evaluate(sweep: Sweep, parameters: nnx.State, batches: list[Batch]) -> dict[str, list[float | None]]:
