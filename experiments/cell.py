@@ -169,8 +169,9 @@ def execute(command: Command[Config], deviations: list[str] | None = None) -> in
                 check_memory(sweep, command.config.interval)
                 directory = RunDirectory(command.results_dir, command.text)
             with contextlib.closing(directory):
+                training = Training.fresh(sweep, command.config.schedule)
                 with one_line_errors(command):
-                    training = Training.start(sweep, command.config.schedule, directory)
+                    training = training.resumed(directory)
                 train(training, evaluation_sets(command.config, "validation"), directory)
             _report(command, training, directory, deviations)
     except KeyboardInterrupt:

@@ -190,6 +190,7 @@ class Comparison(NamedTuple):
 COMPARISONS = (
     Comparison("trapezoid instead of Euler, without biases", variant(biases=False), variant("euler", biases=False)),
     Comparison("biases, with the trapezoid", variant(), variant(biases=False)),
+    Comparison("biases, with Euler", variant("euler"), variant("euler", biases=False)),
     Comparison("no convolution, with biases and trapezoid", variant(), variant(conv=True)),
     Comparison("lambda from the data instead of 1/2", variant(), variant("half")),
     Comparison("lambda from the data instead of 1", variant(), variant("euler")),
@@ -232,8 +233,7 @@ def render(command: Command[Config], done: Done) -> str:
         *_accuracies(command.config, done),
         *_deviations(command, done),
         "",
-        f"{len(done)} cells, {sum(s['seconds'] for s in done.values()) / 3600:.2f} hours of training in all, on "
-        f"{', '.join(sorted({s['device'] for s in done.values()}))}; float32 with full matmul precision. Learning rate "
+        f"{len(done)} cells, in {grid.training_time(done.values())}; float32 with full matmul precision. Learning rate "
         "and step of every run: the report.md of its cell.",
         "",
     ]

@@ -113,8 +113,9 @@ def _run_further_tests(command: Command[RetrievalConfig], place: Cell) -> None:
     with contextlib.closing(RunDirectory(directory, place.text)) as run:
         if run.latest_step is None:
             fail(f"results_dir: got {directory}, without a checkpoint to test; allowed: one in which the cell trained")
+        training = Training.fresh(place.config.sweep(), place.config.schedule)
         with cell.one_line_errors(command):
-            training = Training.start(place.config.sweep(), place.config.schedule, run)
+            training = training.resumed(run)
     best = jax.tree.map(lambda p: p[training.selected : training.selected + 1], training.best)
     for test in missing:
         batches = _batches(test, command.config, place)

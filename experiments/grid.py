@@ -8,7 +8,7 @@ import copy
 import dataclasses
 import fnmatch
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any, NamedTuple
 
 from experiments import cell
@@ -136,6 +136,13 @@ def summaries(command: Command[GridConfig]) -> dict[tuple[str, str, int], dict]:
             summary = (command.results_dir / place.name / "summary.json").read_text()
             found[place.model, place.task, place.d_model] = json.loads(summary)
     return found
+
+
+def training_time(done: Collection[dict]) -> str:
+    """Of the summaries of some cells."""
+    devices = ", ".join(sorted({summary["device"] for summary in done}))
+    hours = sum(summary["seconds"] for summary in done) / 3600
+    return f"{hours:.2f} hours of training on {devices} (each cell's own time, also where several shared a device)"
 
 
 def _is_done(command: Command[GridConfig], place: Cell) -> bool:

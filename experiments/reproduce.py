@@ -10,6 +10,7 @@ import shlex
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from experiments.command import RESULTS
@@ -73,7 +74,7 @@ RESULTS_BY_NAME: dict[str, Result] = {
     ),
     "table_5b": Result(
         "table 5b: five models on parity and modular arithmetic",
-        "table_5b", ("--config", "configs/state_tracking/table_5b.yaml"), "table_5b", "days", "6 h", ("--smoke",),
+        "table_5b", ("--config", "configs/state_tracking/table_5b.yaml"), "table_5b", "days", "8 h", ("--smoke",),
     ),
     "local_error": Result(
         "order of the local error of Euler, the trapezoid, and a learned lambda",
@@ -136,7 +137,12 @@ RESULTS_BY_NAME: dict[str, Result] = {
     ),
 }  # fmt: skip
 
-USAGE = "usage: mamba3 reproduce NAME [--smoke], mamba3 reproduce --smoke (all of them), or mamba3 reproduce --list"
+# Those of many cells, which can run side by side.
+GRIDS = ("table_5b", "discretization", "retrieval")
+USAGE = (
+    "usage: mamba3 reproduce NAME [--smoke] [--processes=N], mamba3 reproduce --smoke (all of them), "
+    "or mamba3 reproduce --list"
+)
 
 
 def main(argv: list[str]) -> int:
@@ -146,23 +152,27 @@ def main(argv: list[str]) -> int:
         return 0
     names = [word for word in argv if not word.startswith("-")] or list(RESULTS_BY_NAME)
     smoke = "--smoke" in argv
-    if unknown := [word for word in argv if word.startswith("-") and word != "--smoke"]:
-        fail(f"reproduce: got {unknown[0]}; allowed: --smoke, or --list alone")
+    processes = [word for word in argv if word.startswith("--processes=")]
+    if unknown := [word for word in argv if word.startswith("-") and word not in ("--smoke", *processes)]:
+        fail(f"reproduce: got {unknown[0]}; allowed: --smoke, --processes=N, or --list alone")
     if (not smoke and len(names) != 1) or not argv:
         fail(USAGE)
     for name in names:
         if name not in RESULTS_BY_NAME:
             fail(f"reproduce: got {name!r}; allowed: {', '.join(RESULTS_BY_NAME)}")
+    if processes and (smoke or RESULTS_BY_NAME[names[0]].experiment not in GRIDS):
+        fail(f"reproduce: got {processes[0]}; allowed: with one of {', '.join(GRIDS)}, and without --smoke")
     if not smoke:
-        return _run(RESULTS_BY_NAME[names[0]], RESULTS / RESULTS_BY_NAME[names[0]].results, smoke)
+        result = RESULTS_BY_NAME[names[0]]
+        return _run(result, RESULTS / result.results, smoke, processes)
     # Nothing is to be learned, so that XLA's own effort is most of the time.
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0".strip()
     # Two at a time, because tracing and compiling keep hardly more than one core busy.
-    processes = concurrent.futures.ProcessPoolExecutor(min(2, len(names)), multiprocessing.get_context("spawn"))
-    with tempfile.TemporaryDirectory() as scratch, processes:
-        for name, (status, seconds) in zip(names, processes.map(functools.partial(_smoke, Path(scratch)), names)):
+    pool = concurrent.futures.ProcessPoolExecutor(min(2, len(names)), multiprocessing.get_context("spawn"))
+    with tempfile.TemporaryDirectory() as scratch, pool:
+        for name, (status, seconds) in zip(names, pool.map(functools.partial(_smoke, Path(scratch)), names)):
             if status:
-                processes.shutdown(cancel_futures=True)
+                pool.shutdown(cancel_futures=True)
                 return status
             print(f"smoke: {name} ran end to end in {seconds:.0f} s", flush=True)
     return 0
@@ -185,9 +195,9 @@ def _smoke(scratch: Path, name: str) -> tuple[int, float]:
     return _run(RESULTS_BY_NAME[name], scratch / name, smoke=True), time.perf_counter() - began
 
 
-def _run(result: Result, results_dir: Path, smoke: bool) -> int:
+def _run(result: Result, results_dir: Path, smoke: bool, further: Sequence[str] = ()) -> int:
     module = importlib.import_module(f"experiments.{result.experiment}")
-    return module.main(result.argv(results_dir, smoke))
+    return module.main([*result.argv(results_dir, smoke), *further])
 
 
 if __name__ == "__main__":

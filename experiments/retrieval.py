@@ -179,8 +179,6 @@ def write_report(command: Command[RetrievalConfig]) -> None:
 def render(command: Command[RetrievalConfig], results: Results) -> str:
     """The tables, the figures, what was selected, and what deviates from the sources."""
     done = results.summaries.values()
-    devices = ", ".join(sorted({summary["device"] for summary in done}))
-    hours = sum(summary["seconds"] for summary in done) / 3600
     lines = [
         "# Recall from the context, and word problems",
         "",
@@ -196,8 +194,8 @@ def render(command: Command[RetrievalConfig], results: Results) -> str:
         *_section("The cells", "What validation selected, and its test.", None, _cells_table(results)),
         *_section("Deviations from the sources", "", None, [f"- {x}" for x in (*deviations(results), *IN_WORDS)]),
         "",
-        f"{len(done)} of {len(results.cells)} cells are done, after {hours:.2f} hours of training in all on {devices}, "
-        "in float32 with full matmul precision.",
+        f"{len(done)} of {len(results.cells)} cells are done, in {grid.training_time(done)}; float32 with full matmul "
+        "precision.",
         "",
     ]
     return "\n".join(lines)

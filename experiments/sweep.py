@@ -253,7 +253,7 @@ def check_memory(sweep: Sweep, steps: int) -> None:
         raise ValueError(
             f"batch_size: got {sweep.batch_size} for {len(sweep.seeds)} runs at once on rows of "
             f"{sweep.curriculum.lengths[-1]} tokens, which needs {needed:,} bytes on each device; allowed: what fits "
-            f"the {available:,} bytes there; lower batch_size, n_seeds or the number of learning_rates"
+            f"the {available:,} bytes there; lower batch_size, n_seeds, the number of learning_rates or --processes"
         )
 
 

@@ -120,9 +120,7 @@ def render(command: Command[GridConfig], done: dict[tuple[str, str, int], dict])
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     lines += ["", "## Deviations from the protocol (the paper's appendix D)", ""]
     lines += [*_deviations(done), "", PAIRS]
-    hours = sum(s["seconds"] for s in done.values()) / 3600
-    devices = ", ".join(sorted({s["device"] for s in done.values()}))
-    lines += ["", f"{len(done)} cells, {hours:.2f} hours of training in all, on {devices}.", ""]
+    lines += ["", f"{len(done)} cells, in {grid.training_time(done.values())}.", ""]
     return "\n".join(lines)
 
 

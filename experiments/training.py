@@ -54,15 +54,18 @@ class Training:
     last: dict
 
     @classmethod
-    def start(cls, sweep: Sweep, schedule: Schedule, directory: RunDirectory) -> "Training":
-        """From the directory's newest checkpoint, or from nothing; raises ValueError if that is damaged."""
+    def fresh(cls, sweep: Sweep, schedule: Schedule) -> "Training":
+        """Before the first step."""
         runs, n = sweep.init(), len(sweep.seeds)
-        fresh = cls(sweep, schedule, runs, runs.parameters, [{} for _ in range(n)], [0] * n, [0] * n, 0.0, {})
-        restored = directory.restore(dict(runs=runs, best=fresh.best))
+        return cls(sweep, schedule, runs, runs.parameters, [{} for _ in range(n)], [0] * n, [0] * n, 0.0, {})
+
+    def resumed(self, directory: RunDirectory) -> "Training":
+        """From the directory's newest checkpoint, itself if there is none; raises ValueError if that is damaged."""
+        restored = directory.restore(dict(runs=self.runs, best=self.best))
         if restored is None:
-            return fresh
+            return self
         arrays, extra = restored
-        return cls(sweep, schedule, arrays["runs"], arrays["best"], **extra)
+        return dataclasses.replace(self, runs=arrays["runs"], best=arrays["best"], **extra)
 
     @property
     def step(self) -> int:

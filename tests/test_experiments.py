@@ -3,9 +3,10 @@
 import dataclasses
 import json
 import os
+import shlex
 import signal
 import subprocess
-import tempfile
+import sys
 import threading
 import time
 
@@ -97,7 +98,7 @@ def test_a_sweep_that_does_not_fit_says_how_much_it_needs_and_what_to_lower(tmp_
     needed = int(message.split("needs ")[1].split(" ")[0].replace(",", ""))
     assert "the 100,000 bytes there" in message and needed > 100_000
     assert not (tmp_path / "cell").exists()
-    assert "lower batch_size, n_seeds or the number of learning_rates" in message
+    assert "lower batch_size, n_seeds, the number of learning_rates or --processes" in message
     assert make_sweep(batch_size=128).memory_needed(1) > 1.5 * make_sweep(batch_size=32).memory_needed(1)
 
 
@@ -221,12 +222,13 @@ def test_cells_in_processes_of_their_own_leave_what_one_process_leaves(tiny_grid
 
 
 @pytest.fixture
-def shell(tiny_grid, monkeypatch):
+def shell(tiny_grid, tmp_path, monkeypatch):
     """(scripts by name) -> the status of running them, two at a time, as if they were cells."""
 
-    def start(command, name, gpu):
-        output = tempfile.TemporaryFile("w+")
-        return processes._Running(name, gpu, subprocess.Popen(["sh", "-c", scripts[name]], stdout=output), output)
+    def start(command, name, gpu, environment):
+        with (tmp_path / f"{name}.log").open("w") as log:
+            process = subprocess.Popen(["bash", "-c", scripts[name]], stdout=log)
+        return processes._Running(name, gpu, process, tmp_path / f"{name}.log")
 
     def run(found: dict[str, str]) -> int:
         scripts.update(found)
@@ -237,35 +239,98 @@ def shell(tiny_grid, monkeypatch):
     return run
 
 
-def test_a_cell_that_fails_leaves_the_others_alone_and_its_status_is_the_grids(shell, tmp_path, capsys):
-    assert shell({"bad": "echo why; exit 3", "good": f"touch {tmp_path}/a", "next": f"touch {tmp_path}/b"}) == 3
-    assert (tmp_path / "a").exists() and (tmp_path / "b").exists()
-    assert "== bad: why; " in capsys.readouterr().out
+def terminate_once(*there) -> None:
+    """Sends this process SIGTERM when all of these files are there."""
 
-
-def test_an_interrupt_is_handed_on_and_what_waits_is_not_begun(shell, tmp_path):
-    """Both cells that run save; the third never starts."""
-    save = "trap 'touch {0}; exit 130' TERM; touch {0}.began; sleep 60 & wait"
-    cells = {name: save.format(tmp_path / name) for name in ("one", "two")} | {"three": f"touch {tmp_path}/three"}
-
-    def stop():
-        while not all((tmp_path / f"{name}.began").exists() for name in ("one", "two")):
+    def wait():
+        while not all(path.exists() for path in there):
             time.sleep(0.05)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    threading.Thread(target=stop, daemon=True).start()
-    assert shell(cells) == 130
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def test_a_cell_that_fails_leaves_the_others_alone_and_its_status_is_the_grids(shell, tmp_path, capsys):
+    """The first of two; what it printed is kept, and that of the others is not."""
+    scripts = {"bad": "echo why; exit 3", "good": f"touch {tmp_path}/a", "worse": "sleep 1; kill -9 $$"}
+    assert shell(scripts | {"next": f"touch {tmp_path}/b"}) == 3
+    assert (tmp_path / "a").exists() and (tmp_path / "b").exists()
+    out = capsys.readouterr().out
+    assert f"== bad: status 3, see {tmp_path}/bad.log; " in out and "== worse: killed by SIGKILL, see " in out
+    assert "2 of 4 cells done" in out and (tmp_path / "bad.log").read_text() == "why\n"
+    assert not (tmp_path / "good.log").exists()
+
+
+@pytest.mark.parametrize("failed", [False, True], ids=["none failed", "one failed"])
+def test_an_interrupt_is_handed_on_and_what_waits_is_not_begun(shell, tmp_path, capsys, failed):
+    """Both cells that run save, also if one before them has failed; the third never starts."""
+    save = "trap 'touch {0}; exit 130' INT; touch {0}.began; while true; do sleep 0.1; done"
+    cells = {"failing": "exit 3"} if failed else {}
+    cells |= {name: save.format(tmp_path / name) for name in ("one", "two")} | {"three": f"touch {tmp_path}/three"}
+    terminate_once(tmp_path / "one.began", tmp_path / "two.began")
+    assert shell(cells) == (3 if failed else 130)
     assert (tmp_path / "one").exists() and (tmp_path / "two").exists() and not (tmp_path / "three").exists()
+    assert "the same command resumes" in capsys.readouterr().out
 
 
-def test_processes_go_to_the_gpu_with_the_fewest(monkeypatch):
+def test_nothing_goes_on_after_an_error(shell, tmp_path, monkeypatch):
+    def stop(seconds):
+        raise RuntimeError("no more")
+
+    monkeypatch.setattr(processes.time, "sleep", stop)
+    with pytest.raises(RuntimeError, match="no more"):
+        shell({"one": "exec sleep 61.5"})
+    assert not subprocess.run(["pgrep", "-f", "sleep 61.5"], capture_output=True).stdout
+
+
+def test_a_cell_is_asked_to_stop_when_the_process_that_started_it_is_killed(tmp_path):
+    """A process in the middle starts a cell's shell and is killed; what the cell would run is a sleep here."""
+    waits = "open(sys.argv[1], 'w').close(); import time; time.sleep(60)"
+    cell_code = processes.CELL.replace('runpy.run_module("mamba3_jax.cli", run_name="__main__")', waits)
+    assert cell_code != processes.CELL
+    began = tmp_path / "began"
+    middle = (
+        "import subprocess, sys, time\n"
+        "child = subprocess.Popen([sys.executable, '-c', sys.argv[1], sys.argv[2]], start_new_session=True)\n"
+        "print(child.pid, flush=True); time.sleep(60)"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", middle, cell_code, str(began)], stdout=subprocess.PIPE, text=True)
+    with parent:
+        pid = int(parent.stdout.readline())
+        while not began.exists():
+            time.sleep(0.05)
+        parent.kill()
+    for _ in range(100):
+        state = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True).stdout.strip()
+        if not state or state.startswith("Z"):
+            break
+        time.sleep(0.1)
+    assert not state or state.startswith("Z")
+
+
+def test_processes_share_the_gpus_and_their_memory(tiny_grid, monkeypatch):
+    """Four on two GPUs: each gets the one with the fewest, by its name, and not half of what is left of the other's."""
+    started: list[tuple[list[str], dict]] = []
+
+    def popen(line, env, start_new_session, **_):
+        assert start_new_session
+        started.append((line, env))
+
     monkeypatch.setattr(processes.jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(processes.subprocess, "Popen", popen)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
+    monkeypatch.delenv("XLA_PYTHON_CLIENT_PREALLOCATE", raising=False)
+    command, running = tiny_grid("--processes", "4"), []
+    command.results_dir.mkdir()
     gpus = processes._gpus(4)
-    running: list = []
     for name in "abcd":
-        running.append(processes._Running(name, processes._least_used(gpus, running), None, None))
-    assert [cell.gpu for cell in running] == ["3", "5", "3", "5"]
+        gpu = processes._least_used(gpus, running)
+        running.append(processes._start(command, name, gpu, processes._share(2)))
+    assert [env["CUDA_VISIBLE_DEVICES"] for _, env in started] == ["3", "5", "3", "5"]
+    assert all(env["XLA_PYTHON_CLIENT_MEM_FRACTION"] == "0.450" for _, env in started)
+    assert all(env["XLA_PYTHON_CLIENT_PREALLOCATE"] == "false" for _, env in started)
+    assert started[0][0][3:] == [*shlex.split(command.line)[3:], "--only", "a"]
 
 
 def test_processes_on_a_tpu_are_refused(monkeypatch, capsys):
@@ -369,7 +434,13 @@ def test_reproduce_knows_every_experiment():
 
 @pytest.mark.parametrize(
     "argv, given",
-    [(["chess"], "'chess'"), ([], "usage"), (["parity_cpu", "--fast"], "got --fast"), (["a", "b"], "usage")],
+    [
+        (["chess"], "'chess'"),
+        ([], "usage"),
+        (["parity_cpu", "--fast"], "got --fast"),
+        (["parity_cpu", "--processes=2"], "got --processes=2; allowed: with one of table_5b"),
+        (["a", "b"], "usage"),
+    ],
 )
 def test_reproduce_refuses_what_it_does_not_know(argv, given, capsys):
     try:
