@@ -114,7 +114,7 @@ def test_delta_rule_continues_and_packs():
 
 
 def test_a_repeated_key_with_beta_near_2_stays_accurate_in_float32():
-    """1,000 near-reflections along one key: the reason for the triangular solve.
+    """1,000 near-reflections along one key: the reason for substitution in blocks.
 
     Nothing is forgotten, because the eigenvalue along the key is near -1. The powers of the triangular matrix, whose
     sum is its inverse on paper, have lost every digit after one chunk of 64.
