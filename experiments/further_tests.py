@@ -64,7 +64,6 @@ class RetrievalConfig(GridConfig):
             check_choice("longest", model, tuple(self.models))
 
 
-
 class Probe(NamedTuple):
     """Rows of one length, of a task with the vocabulary that a cell trained on."""
 

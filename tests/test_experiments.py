@@ -276,6 +276,16 @@ def test_an_interrupt_is_handed_on_and_what_waits_is_not_begun(shell, tmp_path, 
     assert "the same command resumes" in capsys.readouterr().out
 
 
+def test_a_second_interrupt_ends_at_once_what_does_not_heed_the_first(shell, tmp_path):
+    terminate_once(tmp_path / "began")
+    deaf = f"trap 'touch {tmp_path}/asked' INT; touch {tmp_path}/began; while true; do sleep 0.1; done"
+    terminate_once(tmp_path / "asked")
+    with pytest.raises(KeyboardInterrupt):
+        shell({"one": deaf, "two": "exec sleep 60"})
+    assert [process.returncode for process in shell.started][0] == -signal.SIGKILL
+    assert all(process.returncode is not None for process in shell.started)
+
+
 def test_nothing_goes_on_after_an_error(shell, tmp_path, monkeypatch):
     def stop(seconds):
         raise RuntimeError("no more")

@@ -197,11 +197,16 @@ def test_a_smoke_run_leaves_its_files_and_each_score_under_its_depth(tmp_path, m
     assert cli.main(argv) == 0
     assert json.loads(file.read_text()) == scores | {"needle_at_1,n=64": dict(accuracy=0.125, rows=4)}
 
-    # Without the checkpoint, as in a clone, nothing is made up and nothing is lost.
-    shutil.rmtree(file.parent / "checkpoints")
+    # With a damaged checkpoint, or without one, as in a clone, nothing is made up and nothing is lost.
     file.write_text(json.dumps(scores))
     metrics = (file.parent / "metrics.jsonl").read_text()
-    with pytest.raises(SystemExit):
-        cli.main(argv)
-    assert "without a checkpoint to test" in capsys.readouterr().err
-    assert json.loads(file.read_text()) == scores and (file.parent / "metrics.jsonl").read_text() == metrics
+    checkpoints = file.parent / "checkpoints"
+    damaged = max((path for path in checkpoints.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    for message in (damaged.name, "without a checkpoint to test"):
+        with pytest.raises(SystemExit):
+            cli.main(argv)
+        *_, line = capsys.readouterr().err.splitlines()
+        assert message in line and "; allowed: " in line
+        assert json.loads(file.read_text()) == scores and (file.parent / "metrics.jsonl").read_text() == metrics
+        shutil.rmtree(checkpoints, ignore_errors=True)
