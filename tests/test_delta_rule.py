@@ -1,12 +1,14 @@
 """The gated delta rule: its chunk-parallel form against a plain loop in float64, and its errors."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mamba3_jax.ops import delta_rule
 from mamba3_jax.ops.delta_rule import gated_delta_rule
 from test_layers import assert_close, assert_names, without_type_checks  # noqa: F401, a fixture
 
@@ -113,18 +115,22 @@ def test_delta_rule_continues_and_packs():
         assert_close(state[row, head], states[-1])
 
 
+def repeated_key(t: int) -> tuple[np.ndarray, ...]:
+    """q, k, v, log_alpha, beta of t near-reflections along one key, in float32."""
+    q, v = np.random.default_rng(0).standard_normal((2, 1, t, 1, 8)).astype(np.float32)
+    # Of length 1 in float32 too: the eigenvalue is 1 - beta |k|^2, and as many equal errors of it would add up.
+    k = np.broadcast_to(np.float32([0.5, 0.5, 0.5, 0.5, 0, 0, 0, 0]), (1, t, 1, 8))
+    return q, k, v, np.zeros((1, t, 1), np.float32), np.full((1, t, 1), 1.9999, np.float32)
+
+
 def test_a_repeated_key_with_beta_near_2_stays_accurate_in_float32():
-    """1,000 near-reflections along one key: the reason for substitution in blocks.
+    """1,000 near-reflections along one key: the reason for solving once more for what rounding leaves.
 
     Nothing is forgotten, because the eigenvalue along the key is near -1. The powers of the triangular matrix, whose
     sum is its inverse on paper, have lost every digit after one chunk of 64.
     """
-    rng = np.random.default_rng(0)
-    # Of length 1 in float32 too: the eigenvalue is 1 - beta |k|^2, and 1,000 equal errors of it would add up.
-    k = np.broadcast_to(np.float32([0.5, 0.5, 0.5, 0.5, 0, 0, 0, 0]), (1, 1000, 1, 8))
-    q, v = np.float32(rng.standard_normal((2, 1, 1000, 1, 8)))
-    beta, log_alpha = np.full((1, 1000, 1), 1.9999, np.float32), np.zeros((1, 1000, 1), np.float32)
-    inputs = (q, k, v, log_alpha, beta)
+    inputs = repeated_key(1000)
+    beta = inputs[-1]
     o, state = jax.jit(gated_delta_rule)(*map(jnp.asarray, inputs))
     expected, last = plain_delta_rows(*map(np.float64, inputs), np.zeros((1, 1, 8, 8)))
     assert_close(o, expected, 1e-5)
@@ -136,6 +142,31 @@ def test_a_repeated_key_with_beta_near_2_stays_accurate_in_float32():
         power = -L @ power
         total = total + power
     assert np.max(np.abs(total - np.linalg.inv(np.eye(64) + np.float64(L)))) > 1e9
+
+
+def test_gradients_of_a_repeated_key_stay_accurate_in_float32():
+    """Against those in float64, which test_delta_rule_has_the_gradients_of_the_recurrence holds to the loop's."""
+    inputs = repeated_key(256)
+    weights = np.random.default_rng(1).standard_normal((1, 256, 1, 8)).astype(np.float32)
+
+    def gradients(dtype):
+        grad = jax.grad(lambda *a: jnp.sum(weights * gated_delta_rule(*a)[0]), argnums=range(5))
+        return jax.jit(grad)(*(jnp.asarray(a, dtype) for a in inputs))
+
+    with jax.enable_x64(True):
+        expected = [np.asarray(g) for g in gradients(jnp.float64)]
+    for name, g, e in zip(("q", "k", "v", "log_alpha", "beta"), gradients(jnp.float32), expected):
+        assert_close(g, e, 5e-5, name)
+
+
+def test_the_triangular_system_is_solved_at_full_precision_whatever_the_default():
+    """What a GPU's TensorFloat-32 or a TPU's bfloat16 leaves would be handed from token to token."""
+    L, r = jnp.zeros((1, 1, 6, 6)), jnp.zeros((1, 1, 6, 3))
+    with jax.default_matmul_precision("bfloat16"):
+        jaxpr = str(jax.make_jaxpr(jax.grad(lambda L, r: jnp.sum(delta_rule._solve(L, r)), argnums=(0, 1)))(L, r))
+    products = re.findall(r"dot_general\[(.*?)\] ", jaxpr, re.DOTALL)
+    assert len(products) > 5
+    assert all("precision=(Precision.HIGHEST, Precision.HIGHEST)" in " ".join(p.split()) for p in products)
 
 
 DELTA = dict(zip(("q", "k", "v", "log_alpha", "beta"), (jnp.asarray(a, jnp.float32) for a in delta_inputs(4))))

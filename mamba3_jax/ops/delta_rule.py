@@ -10,10 +10,10 @@ cs the inclusive cumulative sum of log alpha, the writes of a chunk solve one un
     S_out = exp(cs_c) S_in + sum_j exp(cs_c - cs_j) u_j k_j^T
 
 The system is solved by the inverse of I + L, made of the inverses of its halves: on accelerators a few products of
-matrices instead of c steps. What rounding leaves is solved for once more, which makes it as exact as substitution: an
-error in u is handed from token to token, and with beta near 2 none is forgotten. I - L + L^2 - ... is the same inverse
-but no way to compute it: with beta near 2 and a repeated key the powers of L grow like binomials and cancel. Every
-exponent is <= 0 and masked before exp. Of several chunks each is recomputed in the backward pass.
+matrices instead of c steps. What rounding leaves is solved for once more, which makes it about as exact as
+substitution: an error in u is handed from token to token, and with beta near 2 none is forgotten. I - L + L^2 - ... is
+the same inverse but no way to compute it: with beta near 2 and a repeated key the powers of L grow like binomials and
+cancel. Every exponent is <= 0 and masked before exp. Of several chunks each is recomputed in the backward pass.
 """
 
 from typing import NamedTuple
@@ -131,7 +131,7 @@ def _solve_forward(L, r):
 def _solve_backward(saved, du):
     inverse, L, u = saved
     dr = _refined(jnp.matrix_transpose(inverse), jnp.matrix_transpose(L), du)
-    return -jnp.tril(_exact(dr, jnp.matrix_transpose(u)), -1), dr
+    return -_exact(dr, jnp.matrix_transpose(u)), dr
 
 
 _solve.defvjp(_solve_forward, _solve_backward)
