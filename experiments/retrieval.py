@@ -81,6 +81,10 @@ class Results(NamedTuple):
         """The cells of some tasks, done or not."""
         return [key for key, place in self.cells.items() if place.config.task in tasks]
 
+    def done(self, *tasks: str) -> bool:
+        """Whether a cell of some tasks is."""
+        return any(key in self.summaries for key in self.of(*tasks))
+
     def score(self, key: Key, *tests: Probe) -> dict | None:
         """The mean accuracy and the number of rows of some tests; None if one of them is not done."""
         found = self.scores[key] if key in self.scores else {}
@@ -168,10 +172,11 @@ def write_report(command: Command[RetrievalConfig]) -> None:
     results = Results.read(command)
     if not results.summaries:
         return
-    for name, plot in FIGURES.items():
-        figure = plot(results)
-        figure.savefig(command.results_dir / name, dpi=130, metadata={"Software": None})
-        plt.close(figure)
+    for name, (plot, tasks) in FIGURES.items():
+        if results.done(*tasks):
+            figure = plot(results)
+            figure.savefig(command.results_dir / name, dpi=130, metadata={"Software": None})
+            plt.close(figure)
     (command.results_dir / "report.md").write_text(render(command, results))
     print(f"report: {command.results_dir / 'report.md'}")
 
@@ -186,11 +191,13 @@ def render(command: Command[RetrievalConfig], results: Results) -> str:
         "",
         "Accuracy in percent on unseen rows, over the whole vocabulary. In every cell the learning rate and the step",
         "that are best by validation are tested, once.",
-        *_section("MQAR", MQAR_TEXT, "mqar.png", _mqar_table(results)),
-        *_section("Selective copying", COPYING_TEXT, None, _length_table(results, "selective_copying")),
-        *_section("Induction heads", INDUCTION_TEXT, "induction_heads.png", _length_table(results, "induction_heads")),
-        *_section("Needle in a haystack", NEEDLE_TEXT, "needle.png", _length_table(results, "needle")),
-        *_section("Word problems", WORD_TEXT, None, _word_table(results)),
+        *_tasks_section(results, "MQAR", MQAR_TEXT, "mqar.png", _mqar_table, *MQAR),
+        *_tasks_section(results, "Selective copying", COPYING_TEXT, None, _length_table, "selective_copying"),
+        *_tasks_section(
+            results, "Induction heads", INDUCTION_TEXT, "induction_heads.png", _length_table, "induction_heads"
+        ),
+        *_tasks_section(results, "Needle in a haystack", NEEDLE_TEXT, "needle.png", _length_table, "needle"),
+        *_tasks_section(results, "Word problems", WORD_TEXT, None, _word_table, *GROUPS),
         *_section("The cells", "What validation selected, and its test.", None, _cells_table(results)),
         *_section("Deviations from the sources", "", None, [f"- {x}" for x in (*deviations(results), *IN_WORDS)]),
         "",
@@ -234,6 +241,13 @@ def _section(title: str, text: str, figure: str | None, body: list[str]) -> list
     return [line for part in parts if part for line in ("", *part)]
 
 
+def _tasks_section(results: Results, title: str, text: str, figure: str | None, table, *tasks: str) -> list[str]:
+    """A section of some tasks, which a report that has none of their cells does not show in full."""
+    if not results.done(*tasks):
+        return _section(title, text, None, [f"{NOT_RUN[0].upper()}{NOT_RUN[1:]}."])
+    return _section(title, text, figure, table(results, *tasks))
+
+
 def _table(heads: list, rows: list[list]) -> list[str]:
     return ["| " + " | ".join(map(str, row)) + " |" for row in (heads, ["---"] * len(heads), *rows)]
 
@@ -250,8 +264,8 @@ def _setting(task: str) -> str:
     return f"{MQAR[task]} tokens, {task.removeprefix('mqar_')} pairs"
 
 
-def _mqar_table(results: Results) -> list[str]:
-    models = _unique((model, d) for model, _, d in results.of(*MQAR))
+def _mqar_table(results: Results, *settings: str) -> list[str]:
+    models = _unique((model, d) for model, _, d in results.of(*settings))
     tests = {task: Probe(get_task(task), length) for task, length in MQAR.items()}
     rows = [[_name(m), d, *(results.shown((m, task, d), test) for task, test in tests.items())] for m, d in models]
     return _table(["model", "d_model", *map(_setting, MQAR)], rows)
@@ -276,8 +290,6 @@ def _trained(results: Results, keys: list[Key]) -> int:
 
 def _length_table(results: Results, task: str) -> list[str]:
     keys, tests = results.of(task), _tests(results, task)
-    if not keys:
-        return [f"{NOT_RUN}."]
     trained = _trained(results, keys)
     rows = [[_name(key[0]), *(results.shown(key, *tests[length]) for length in tests)] for key in keys]
     counts = [{score["rows"] for key in keys if (score := results.score(key, *tests[length]))} for length in tests]
@@ -285,14 +297,12 @@ def _length_table(results: Results, task: str) -> list[str]:
     return _table(["model", *(f"{length} (trained)" if length == trained else length for length in tests)], rows)
 
 
-def _word_table(results: Results) -> list[str]:
+def _word_table(results: Results, *groups: str) -> list[str]:
     """A row per model and depth, a column per group and length."""
-    keys = results.of(*GROUPS)
-    if not keys:
-        return [f"{NOT_RUN}."]
+    keys = results.of(*groups)
     cells = {(k[0], results.cells[k].config.model.n_layers, results.cells[k].config.task): k for k in keys}
-    groups = _unique(group for _, _, group in cells)
-    columns = [(group, length, test) for group in groups for length, test in _tests(results, group).items()]
+    there = _unique(group for _, _, group in cells)
+    columns = [(group, length, test) for group in there for length, test in _tests(results, group).items()]
     trained = _trained(results, keys)
     heads = [f"{group}, {length}{' (trained)' if length == trained else ''}" for group, length, _ in columns]
     rows = [
@@ -326,7 +336,10 @@ def plot_mqar(results: Results) -> plt.Figure:
         widths = sorted({key[2] for key in keys})
         axis.set_xscale("log", base=2)
         axis.set_xticks(widths, widths)
+        axis.minorticks_off()
         axis.set(xlabel="model width d_model, channels", title=_setting(task), ylim=(-4, 104))
+        if widths:
+            axis.set_xlim(widths[0] / 1.2, widths[-1] * 1.2)
     axes[0].set_ylabel("accuracy, %")
     _legend(figure, axes)
     return figure
@@ -363,20 +376,28 @@ def plot_needle(results: Results) -> plt.Figure:
         ]
         percent = np.array([[np.nan if s is None else 100 * s["accuracy"] for s in row] for row in scores])
         image = axis.imshow(percent, cmap="gray", vmin=0, vmax=100, aspect="auto")
+        axis.patch.set(hatch="////", edgecolor="0.6")  # what shows where nothing was measured
         for (y, x), value in np.ndenumerate(percent):
-            text = "-" if np.isnan(value) else f"{value:.0f}"
-            axis.text(x, y, text, ha="center", va="center", fontsize=7, color="white" if value < 50 else "black")
+            if not np.isnan(value):
+                color = "white" if value < 50 else "black"
+                axis.text(x, y, f"{value:.0f}", ha="center", va="center", fontsize=7, color=color)
         axis.set_xticks(range(len(config.needle_lengths)), config.needle_lengths, rotation=45)
         axis.set_yticks(range(len(config.needle_depths)), [f"{depth:g}" for depth in config.needle_depths])
         axis.set_title(_name(key[0]), fontsize=9)
     figure.supxlabel("row length, tokens", fontsize=10)
     figure.supylabel("depth of the needle, 0 first, 1 last", fontsize=10)
     if image is not None:
-        figure.colorbar(image, ax=axes, label=f"accuracy, % (trained on up to {_trained(results, keys)} tokens)")
+        trained = _trained(results, keys)
+        figure.colorbar(image, ax=axes, label=f"accuracy, % (trained on up to {trained} tokens; hatched: not run)")
     return figure
 
 
-FIGURES = {"mqar.png": plot_mqar, "induction_heads.png": plot_induction, "needle.png": plot_needle}
+# And of which tasks.
+FIGURES = {
+    "mqar.png": (plot_mqar, tuple(MQAR)),
+    "induction_heads.png": (plot_induction, ("induction_heads",)),
+    "needle.png": (plot_needle, ("needle",)),
+}
 
 
 def _line(axis: plt.Axes, model: str, scores: dict[int, dict]) -> None:

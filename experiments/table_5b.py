@@ -83,7 +83,8 @@ def render(command: Command[GridConfig], done: dict[tuple[str, str, int], dict])
         f"    {command.line}",
         "",
         "Scaled accuracy in percent (0 is a guess, 100 is perfect) on unseen rows of exactly 256 tokens, ours and in",
-        "brackets the paper's. Of all widths, learning rates, seeds and steps the best by validation is tested, once.",
+        "brackets the paper's. The test of the width, learning rate, seed and step that are best by validation; with a",
+        "star, of one width where another was not run.",
         "",
         "| model | " + " | ".join(_task_name(task) for task in config.tasks) + " |",
         "| --- |" + " --- |" * len(config.tasks),
@@ -95,7 +96,8 @@ def render(command: Command[GridConfig], done: dict[tuple[str, str, int], dict])
         for task in config.tasks:
             ours = "not run" if (model, task) in there else "-"
             if (model, task) in chosen:
-                ours = f"{_score(chosen[model, task])['scaled']:.2f}"
+                whole = all(place in done for place in config.places if place[:2] == (model, task))
+                ours = f"{_score(chosen[model, task])['scaled']:.2f}{'' if whole else '*'}"
             paper = PAPER.get((model, task))
             cells.append(ours if paper is None else f"{ours} ({paper:.2f})")
         lines.append("| " + " | ".join([NAMES.get(model, model), *cells]) + " |")
@@ -123,7 +125,7 @@ def render(command: Command[GridConfig], done: dict[tuple[str, str, int], dict])
         )  # fmt: skip
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     lines += ["", "## Deviations from the protocol (the paper's appendix D)", ""]
-    lines += [*_deviations(done), "", PAIRS]
+    lines += [*_deviations(done), *_unreached(command, done), "", PAIRS]
     lines += ["", f"{len(done)} cells, in {grid.training_time(done.values())}.", ""]
     return "\n".join(lines)
 
@@ -136,6 +138,21 @@ def _deviations(done: dict[tuple[str, str, int], dict]) -> list[str]:
             holders.setdefault(text, []).append(f"{model},{task},d={d}")
     return [
         f"- {text} ({'all cells' if len(names) == len(done) else ', '.join(names)})" for text, names in holders.items()
+    ]
+
+
+def _unreached(command: Command[GridConfig], done: dict[tuple[str, str, int], dict]) -> list[str]:
+    """The cells whose stages take so long that a run without progress ends before the last one."""
+    holders: dict[int, list[str]] = {}
+    for place in grid.cells(command.config, command.smoke):
+        lengths, each = place.config.curriculum.lengths, place.config.curriculum.stage_steps
+        last = (place.config.max_steps - 1) // each
+        if place[:3] in done and last < len(lengths) - 1:
+            holders.setdefault(lengths[last], []).append(place.name)
+    return [
+        f"- a run that meets no gate ends in the stage of {length} tokens, before the last one, which such a run "
+        f"reaches in the protocol ({', '.join(names)})"
+        for length, names in sorted(holders.items())
     ]
 
 
@@ -197,7 +214,8 @@ def plot(command: Command[GridConfig], done: dict[tuple[str, str, int], dict]) -
         else:
             axis.text(0.5, 0.5, "not run", ha="center", va="center", transform=axis.transAxes)
         axis.axhline(0, color="0.4", linestyle=":", linewidth=1)
-        axis.set(xlabel="row length, tokens", title=f"{_task_name(task)}\n(trained in the grey range)", ylim=(-15, 107))
+        axis.set(xlabel="row length, tokens", ylim=(-15, 107))
+        axis.set_title(f"{_task_name(task)}\n(grey: up to the longest rows trained)")
         axis.title.set_fontsize(9)
     for axis in axes[:, 0]:
         axis.set_ylabel("scaled accuracy, %")

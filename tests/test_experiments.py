@@ -243,10 +243,11 @@ def shell(tiny_grid, tmp_path, monkeypatch):
 
 
 def terminate_once(*there) -> None:
-    """Sends this process SIGTERM when all of these files are there."""
+    """Sends this process SIGTERM when all of these files are there, or when they should be."""
 
     def wait():
-        while not all(path.exists() for path in there):
+        deadline = time.monotonic() + 30
+        while not all(path.exists() for path in there) and time.monotonic() < deadline:
             time.sleep(0.05)
         os.kill(os.getpid(), signal.SIGTERM)
 
@@ -282,6 +283,7 @@ def test_a_second_interrupt_ends_at_once_what_does_not_heed_the_first(shell, tmp
     terminate_once(tmp_path / "asked")
     with pytest.raises(KeyboardInterrupt):
         shell({"one": deaf, "two": "exec sleep 60"})
+    assert (tmp_path / "asked").exists()
     assert [process.returncode for process in shell.started][0] == -signal.SIGKILL
     assert all(process.returncode is not None for process in shell.started)
 

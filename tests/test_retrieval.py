@@ -132,6 +132,13 @@ def test_numbers_land_in_their_cells_and_the_others_say_not_run(places):
     assert induction["Mamba-3", "1048576"] == "not run" and ("Mamba-3", "256 (trained)") in induction
 
 
+def test_a_report_shows_no_table_or_figure_of_what_was_not_run(places):
+    text = retrieval.render(command(), synthetic(places, {}))
+    for title in ("MQAR", "Selective copying", "Induction heads", "Needle in a haystack", "Word problems"):
+        section = text.split(f"## {title}\n")[1].split("\n## ")[0]
+        assert section.endswith("\n\nNot run.\n") and "|" not in section and "png" not in section
+
+
 def test_the_report_lists_what_deviates_from_the_sources(places):
     text = retrieval.render(command(), synthetic(places, {}))
     assert "- `batch_size` is 128; the source has 512 (mqar_4, mqar_8)" in text
@@ -144,7 +151,7 @@ def test_the_figures_draw_from_nothing_and_from_everything(places):
         own = Probe(get_task(place.config.task), place.config.exact_lengths[-1])
         everything |= {(key, probe): 0.5 for probe in (own, *further_tests.further_tests(command(), place))}
     for scores in ({}, everything):
-        for plot in retrieval.FIGURES.values():
+        for plot, _ in retrieval.FIGURES.values():
             retrieval.plt.close(plot(synthetic(places, scores)))
 
 
@@ -179,9 +186,7 @@ def test_a_smoke_run_leaves_its_files_and_each_score_under_its_depth(tmp_path, m
     argv = ["experiment", "retrieval", "--config", str(CONFIG), "--smoke", "--only", "*,needle,*", "--rows", "4"]
     argv += ["--results_dir", str(tmp_path), "--needle_lengths", "[64]"]
     assert cli.main(argv) == 0
-    assert {path.name for path in tmp_path.iterdir()} == {
-        "gated_deltanet,needle,d=64", "report.md", "mqar.png", "induction_heads.png", "needle.png",
-    }  # fmt: skip
+    assert {path.name for path in tmp_path.iterdir()} == {"gated_deltanet,needle,d=64", "report.md", "needle.png"}
     file = tmp_path / "gated_deltanet,needle,d=64" / further_tests.FURTHER
     scores = json.loads(file.read_text())
     assert set(scores) == {Probe(needle(depth), 64).name for depth in (0.0, 0.25, 0.5, 0.75, 1.0)}

@@ -9,11 +9,9 @@ cs the inclusive cumulative sum of log alpha, the writes of a chunk solve one un
     o_i   = exp(cs_i) S_in q_i + sum_{j <= i} exp(cs_i - cs_j) (q_i . k_j) u_j
     S_out = exp(cs_c) S_in + sum_j exp(cs_c - cs_j) u_j k_j^T
 
-The system is solved by the inverse of I + L, made of the inverses of its halves: on accelerators a few products of
-matrices instead of c steps. What rounding leaves is solved for once more, which makes it about as exact as
-substitution: an error in u is handed from token to token, and with beta near 2 none is forgotten. I - L + L^2 - ... is
-the same inverse but no way to compute it: with beta near 2 and a repeated key the powers of L grow like binomials and
-cancel. Every exponent is <= 0 and masked before exp. Of several chunks each is recomputed in the backward pass.
+The system is solved by substitution, which is the recurrence itself and as well behaved. I - L + L^2 - ... is the same
+inverse but no way to compute it: with beta near 2 and a repeated key the powers of L grow like binomials and cancel.
+Every exponent is <= 0 and masked before exp. Of several chunks each is recomputed in the backward pass.
 """
 
 from typing import NamedTuple
@@ -106,60 +104,15 @@ def _chunk_step(
 
     predicted = matmul("bhin,bhpn->bhip", k, entered, dtype)
     target = beta[..., None] * (v - on_entry[..., None] * predicted)
-    L = jnp.tril(beta[..., None] * within * matmul("bhin,bhjn->bhij", k, k, dtype), -1)
-    u = _solve(L, target)
+    # Only what is below the diagonal of L is read.
+    L = beta[..., None] * within * matmul("bhin,bhjn->bhij", k, k, dtype)
+    u = jax.lax.linalg.triangular_solve(L, target, left_side=True, lower=True, unit_diagonal=True)
 
     scores = within * matmul("bhin,bhjn->bhij", q, k, dtype)
     o = matmul("bhij,bhjp->bhip", scores.astype(compute), u.astype(compute), dtype)
     o = o + on_entry[..., None] * matmul("bhin,bhpn->bhip", q, entered, dtype)
     written = matmul("bhjp,bhjn->bhpn", (on_exit[..., None] * u).astype(compute), k, dtype)
     return on_entry[..., -1, None, None] * state + written, jnp.moveaxis(o, 2, 1).astype(compute)
-
-
-@jax.custom_vjp
-def _solve(L: Float[Array, "b h c c"], r: Float[Array, "b h c p"]) -> Float[Array, "b h c p"]:
-    """u of (I + L) u = r, for an L that is 0 on and above its diagonal."""
-    return _solve_forward(L, r)[0]
-
-
-def _solve_forward(L, r):
-    inverse = _unit_lower_inverse(L)
-    u = _refined(inverse, L, r)
-    return u, (inverse, L, u)
-
-
-def _solve_backward(saved, du):
-    inverse, L, u = saved
-    dr = _refined(jnp.matrix_transpose(inverse), jnp.matrix_transpose(L), du)
-    return -_exact(dr, jnp.matrix_transpose(u)), dr
-
-
-_solve.defvjp(_solve_forward, _solve_backward)
-
-
-def _refined(inverse, L, r):
-    """What solves (I + L) u = r but for rounding, and then for what that leaves of r."""
-    u = _exact(inverse, r)
-    return u + _exact(inverse, r - u - _exact(L, u))
-
-
-def _unit_lower_inverse(L: Float[Array, "*b c c"]) -> Float[Array, "*b c c"]:
-    """(I + L)^-1: [[I + L11, 0], [L21, I + L22]] has [[P, 0], [-Q L21 P, Q]], P and Q of its blocks."""
-    c = L.shape[-1]
-    if c == 1:
-        return jnp.ones_like(L)
-    if c % 2:
-        one_more = [(0, 0)] * (L.ndim - 2) + [(0, 1), (0, 1)]
-        return _unit_lower_inverse(jnp.pad(L, one_more))[..., :c, :c]
-    half = c // 2
-    first, last = _unit_lower_inverse(jnp.stack([L[..., :half, :half], L[..., half:, half:]]))
-    below = -_exact(_exact(last, L[..., half:, :half]), first)
-    return jnp.block([[first, jnp.zeros_like(first)], [below, last]])
-
-
-def _exact(a: Float[Array, "*b i j"], b: Float[Array, "*b j k"]) -> Float[Array, "*b i k"]:
-    """A product at full precision, whatever the caller's default is."""
-    return jnp.matmul(a, b, precision="highest")
 
 
 def _decays(
