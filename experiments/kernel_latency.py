@@ -32,7 +32,17 @@ import numpy as np
 
 from experiments import kernel_report, measured
 from experiments.command import parse
-from experiments.kernel_programs import Cell, Shape, arrays, cells, counts, forward_backward, program, size
+from experiments.kernel_programs import (
+    DECODE_STEPS,
+    Cell,
+    Shape,
+    arrays,
+    cells,
+    counts,
+    forward_backward,
+    program,
+    size,
+)
 from experiments.sweep import memory_available
 from mamba3_jax.command import results_folder
 
@@ -102,7 +112,7 @@ class Config:
     def settings(self) -> dict:
         """What a row depends on beside its cell."""
         names = ("dtype", "mimo_rank", "oracle_tokens", "copy_mib", "matmul_size", "batch_ms", "repeats")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in names} | dict(decode_steps=DECODE_STEPS)
 
 
 SMOKE = dict(
@@ -113,12 +123,14 @@ SMOKE = dict(
 
 
 class Prepared(NamedTuple):
-    """A compiled cell, the maker of its inputs, and the bytes of its arguments, outputs and temporaries."""
+    """A compiled cell, the maker of its inputs, the bytes of its arguments, outputs and temporaries, and how often a
+    call does what is timed."""
 
     cell: Cell
     run: jax.stages.Compiled
     make: jax.stages.Compiled
     peak: int
+    times: int
 
 
 class Missing(NamedTuple):
@@ -134,7 +146,7 @@ def prepare(cell: Cell, config: Config) -> Prepared | Missing | None:
     if cell.what == "accuracy":
         return None
     try:
-        function, arguments, donated = program(cell, config)
+        function, arguments, donated, times = program(cell, config)
         shapes = jax.eval_shape(arguments)
         # XLA's attention holds all scores; without this it would compile for long what cannot run.
         scores = 4 * cell.shape.b * cell.shape.h * cell.shape.t**2 if cell[1:3] == ("attention", "xla") else 0
@@ -145,7 +157,7 @@ def prepare(cell: Cell, config: Config) -> Prepared | Missing | None:
         peak = m.argument_size_in_bytes + m.output_size_in_bytes + m.temp_size_in_bytes - m.alias_size_in_bytes
         if peak > memory_available():
             return _too_large(cell, peak)
-        return Prepared(cell, run, jax.jit(arguments).lower().compile(), peak)
+        return Prepared(cell, run, jax.jit(arguments).lower().compile(), peak, times)
     except Exception as error:  # a kernel that does not compile must not cost the rows after it
         return _missing(cell, error)
 
@@ -163,7 +175,7 @@ def measure(cell: Cell, prepared: Prepared | None, config: Config) -> dict | Mis
 
 
 def _time(prepared: Prepared, config: Config) -> tuple[float, int]:
-    """Median ms of a call, and how many calls were timed."""
+    """Median ms of what is timed, and how many calls were."""
     arguments = prepared.make()
     decode = prepared.cell.what == "decode"
 
@@ -182,8 +194,8 @@ def _time(prepared: Prepared, config: Config) -> tuple[float, int]:
     calls = math.ceil(min(config.batch_ms / once, MAX_CALLS))
     repeats = min(config.repeats, int(1e3 * CELL_SECONDS / (calls * once)))
     if repeats < 2:
-        return once, 1
-    return statistics.median(batch(calls) for _ in range(repeats)), calls * repeats
+        return once / prepared.times, 1
+    return statistics.median(batch(calls) for _ in range(repeats)) / prepared.times, calls * repeats
 
 
 def errors(cell: Cell) -> dict[str, float]:

@@ -19,6 +19,8 @@ OPERATORS = {
 }
 ATTENTIONS = {"gpu": ("xla", "cudnn"), "tpu": ("xla",), "cpu": ("xla",)}
 PASSES = ("forward", "forward_backward")
+# Decode steps of one call, each on its own token: one takes about as long as it takes to call a program.
+DECODE_STEPS = 8
 PER_TOKEN = ("x", "B", "C", "dt", "A", "lam", "omega", "z")
 
 
@@ -203,16 +205,26 @@ def _prefill_decode(cell: Cell, a: dict):
     return y, *jax.lax.fori_loop(0, cell.shape.t, body, (y[:, -1], state))
 
 
+def _decode(cell: Cell, tokens: list[dict], state: SSMState):
+    """The outputs of steps on one token after the other, and the state."""
+    outputs = []
+    for token in tokens:
+        y, state = _step(cell.model, cell.implementation, token, state)
+        outputs.append(y)
+    return outputs, state
+
+
 class Program(NamedTuple):
-    """A function, what makes its arguments, and which of these it may overwrite."""
+    """A function, what makes its arguments, which of these it may overwrite, and how often it does what is timed."""
 
     function: Callable
     arguments: Callable[[], tuple]
     donated: tuple[int, ...] = ()
+    times: int = 1
 
 
 def program(cell: Cell, config) -> Program:
-    """What a cell runs. The last argument and the last result of a decode step are its state."""
+    """What a cell runs. The last argument and the last result of decode steps are their state."""
     form = (cell.model, cell.implementation)
     a = functools.partial(arrays, cell.model, cell.shape, cell.r, cell.dtype)
 
@@ -224,10 +236,12 @@ def program(cell: Cell, config) -> Program:
     def inputs():
         return inputs_and_dy()[:1]
 
-    def token_and_state():
-        token = {name: u[:, 0] if name in PER_TOKEN else u for name, u in inputs()[0].items()}
+    def tokens_and_state():
+        row = arrays(cell.model, cell.shape._replace(t=DECODE_STEPS), cell.r, cell.dtype)
+        del row["dy"]
+        tokens = [{name: u[:, i] if name in PER_TOKEN else u for name, u in row.items()} for i in range(DECODE_STEPS)]
         keys = jax.random.split(jax.random.key(1, impl="rbg"), 4)
-        return token, SSMState(*(jax.random.uniform(k, *u, -1, 1) for k, u in zip(keys, _state(cell))))
+        return tokens, SSMState(*(jax.random.uniform(k, *u, -1, 1) for k, u in zip(keys, _state(cell))))
 
     match cell.what:
         case "forward":
@@ -239,7 +253,7 @@ def program(cell: Cell, config) -> Program:
         case "prefill_decode":
             return Program(functools.partial(_prefill_decode, cell), inputs)
         case "decode":
-            return Program(functools.partial(_step, *form), token_and_state, (1,))
+            return Program(functools.partial(_decode, cell), tokens_and_state, (1,), DECODE_STEPS)
         case "ceiling":
             # Negation, not a copy: a kernel that reads and writes each element once, and that XLA does not drop.
             function = jnp.negative if cell.model == "copy" else jnp.matmul

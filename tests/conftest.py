@@ -3,19 +3,21 @@
 import os
 import tempfile
 
-# The suite is bound by compilation. This turns off LLVM's optimisations only: XLA's own passes, which decide what is
-# computed and in which order, run as for users.
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
+# A GPU is used where JAX_PLATFORMS=cuda asks for it, which the tests of its kernels are made for.
+if os.environ.setdefault("JAX_PLATFORMS", "cpu") == "cpu":
+    # The suite is bound by compilation. This turns off LLVM's optimisations only: XLA's own passes, which decide what
+    # is computed and in which order, run as for users.
+    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
 # What is compiled twice, as by a run and the same run resumed, is compiled once: in a folder that lives as long as this
 # process and is its own, because JAX's files can be read while another process writes them.
 _compiled = tempfile.TemporaryDirectory(prefix="compiled-", ignore_cleanup_errors=True)
 os.environ |= {"JAX_COMPILATION_CACHE_DIR": _compiled.name, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.05"}
-# The tolerances are those of a CPU's float32, whatever accelerator the machine has.
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax  # noqa: E402  (after XLA_FLAGS)
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# What kernels are compared with is float32 throughout on a GPU too, whose default is TF32.
+jax.config.update("jax_default_matmul_precision", "highest")
 # More devices than the sweeps of the tests have runs, so that what is spread over devices is spread here too.
 jax.config.update("jax_num_cpu_devices", 4)
 # Starts JAX with them: an experiment that is run later finds it running and keeps them.

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from mamba3_jax.ops.discretization import next_carry
@@ -110,7 +111,10 @@ def _enter(inputs: Inputs, state: SSMState) -> _Carry:
 def enter(inputs: Inputs, state: SSMState) -> Float[Array, "b h p n"]:
     """h_in += carry_0 v_prev k_prev^T: the trapezoid's left end of the first token."""
     owed = jnp.einsum("bhrp,bhrn->bhpn", expand_ranks(state.v, inputs.mimo_x), state.k, precision="highest")
-    return state.ssm + inputs.coefficients.carry[:, 0, :, None, None] * owed
+    # XLA would else take what this carry receives, a sum over p and n, into the program that adds up every token's, and
+    # sum anew for each: 1.5 ms of 2.5 at b=1 t=2048 h=64 on an H100.
+    carry = lax.optimization_barrier(inputs.coefficients.carry[:, 0])
+    return state.ssm + carry[:, :, None, None] * owed
 
 
 def leave(

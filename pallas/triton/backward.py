@@ -1,13 +1,15 @@
-"""The backward pass, from the inputs alone: nothing but them is kept between the passes.
+"""The backward pass, from the inputs and the state h that every chunk starts from.
 
-    adjoints   dS <- through dS + sum_i entry_i q_i g_i^T, from chunk to chunk in reverse        (as forward's states)
-    gradients  every chunk by itself, from its state on entry h and the adjoint dS of its state on exit
+    adjoints      dS <- through dS + sum_i entry_i q_i g_i^T, from chunk to chunk in reverse     (as forward's states)
+    outputs       every chunk by itself: g, P and M for the kernels below, dz, and what the decays receive of scores
+    values        every chunk by itself: dx
+    projections   every chunk and slab of the state by itself: dB, dC and what the angles receive
 
-The gradients are four kinds of kernel: of the values, of the scores' weights, and of dq and dk per slab of the state.
-Apart, because what does not fit the registers costs more than what is made twice. With g = dy silu(z), X = g v^T,
-Y = q k^T, E_ij = exp(cs_i - cs_j) for i later than j, W as in tiles.py, and M = W X:
+Apart, because what does not fit the registers costs more than what is made twice; but the scores of a chunk are made
+once, for a matrix read is cheaper than its exponentials. With g = dy silu(z), X = g v^T, Y = q k^T, dS the adjoint of
+the state at a chunk's end, E_ij = exp(cs_i - cs_j) for i later than j, W as in tiles.py, M = W X and P = W Y + D:
 
-    dq = M k + entry g h^T        dk = M^T q + exit v dS^T        dv = (W Y + D)^T g + exit k dS
+    dq = M k + entry g h^T        dk = M^T q + exit v dS^T        dv = P^T g + exit k dS
     dentry_i = g_i.(q_i h)        dexit_j = v_j.(k_j dS)          dthrough = <dS, h>
     dscale_j = sum_i (E X Y)_ij   dgamma_i = (X Y)_ii             dcs_j = sum_i (E X Y scale)_ji - scale_j dscale_j
     dtheta = q x dq + k x dk per turning pair, whose reverse cumulative sum is what each token's turn receives
@@ -28,7 +30,7 @@ from jax.experimental import pallas as pl
 
 from pallas.triton import tiles
 from pallas.triton.block_sizes import BlockSizes
-from pallas.triton.forward import call_serial, entry_states, gate, scan_segments, values
+from pallas.triton.forward import call_serial, gate, scan_segments, values
 from pallas.triton.operands import OfHead, Operands, at_head, at_heads, heads_per_program, over_heads, specs
 from pallas.triton.tiles import Tiling
 
@@ -67,161 +69,160 @@ def _of_ranks(tiling: Tiling, ops: Operands, dy_ref, t0):
     return tiling.of_token(dy_ref, t0, slice(None)).astype(jnp.float32) * tiling.of_rank(ops.mimo_o, slice(None))
 
 
-class ValueGradients(NamedTuple):
-    """What the kernel of the values' side writes; None where the operand is absent. m chunks.
+class Given(NamedTuple):
+    """What a kernel of the gradients is given of other kernels' results, None what it does not need; m chunks."""
 
-    Sums over the tokens of a chunk (mimo_*) are finished outside.
-    """
-
-    x: jax.Array  # (b, t, h, p)
-    z: jax.Array | None  # (b, t, h, p)
-    mimo_x: jax.Array | None  # (b, m, h, r, p)
-    mimo_z: jax.Array | None
-    mimo_o: jax.Array | None
-    entry: jax.Array  # (b, h, t)
-    exit: jax.Array
-    through: jax.Array  # (b, h, m)
+    dy: jax.Array | None = None
+    g: jax.Array | None = None  # (b, t r, h, p) in the dtype of x, like the next four
+    P: jax.Array | None = None  # (b, h, m, rows, rows)
+    M: jax.Array | None = None
+    entries: jax.Array | None = None  # (b, h, m, n, p)
+    exits: jax.Array | None = None
 
 
-def _value_kernel(
-    chunk_ref, ops: Operands, dy_ref, entry_ref, exit_ref, out: ValueGradients, *, tiling: Tiling, heads: int
-):
-    """One chunk of one row, `heads` heads of one group: refs keep the axis of those heads."""
+# Where refs keep the block's heads, beside the batch; None: they are shared by the heads.
+_HEAD_AXES = dict(
+    dy=1, g=1, P=0, M=0, entries=0, exits=0,
+    x=1, mimo_x=1, exit=0, through=0, z=1, mimo_z=1, mimo_o=1, entry=0, D=1, cs=0, scale=0, gamma=0,
+    B=None, C=None, B_bias=1, C_bias=1, clock=0, omega=None,
+)  # fmt: skip
+
+
+def _at_head(refs, head):
+    """What is given or written, of one head, from refs to a block of heads."""
+    return type(refs)(**{
+        name: ref if ref is None or _HEAD_AXES[name] is None else OfHead(ref, _HEAD_AXES[name], head)
+        for name, ref in refs._asdict().items()
+    })  # fmt: skip
+
+
+def _kernel(chunk_ref, ops: Operands, given: Given, out, *, of_head, tiling: Tiling, heads: int):
+    """`of_head(ops, given, out, chunk, tiling)` of one chunk of one row, for `heads` heads of one group."""
 
     def body(head, chunk, _):
-        states = OfHead(entry_ref, 0, head), OfHead(exit_ref, 0, head)
-        _values_side(at_head(ops, head), OfHead(dy_ref, 1, head), *states, _at_head(out, head), chunk, tiling)
+        of_head(at_head(ops, head), _at_head(given, head), _at_head(out, head), chunk, tiling)
 
     over_heads(heads, chunk_ref, body)
 
 
-# Where outputs keep the block's heads, beside the batch; None: they are shared by the heads.
-_HEAD_AXES = dict(x=1, z=1, mimo_x=1, mimo_z=1, mimo_o=1, entry=0, exit=0, through=0, D=1, cs=0, scale=0, gamma=0,
-                  projection=None, bias=1, clock=0, omega=None)  # fmt: skip
+class OutputGradients(NamedTuple):
+    """What the kernel of the outputs writes; None where the operand is absent.
+
+    Sums over the tokens of a chunk (mimo_*, D) are finished outside.
+    """
+
+    P: jax.Array  # (b, h, m, rows, rows) in the dtype of x
+    M: jax.Array
+    g: jax.Array | None  # (b, t r, h, p) in the dtype of x; None where it is dy
+    z: jax.Array | None  # (b, t, h, p)
+    mimo_z: jax.Array | None  # (b, m, h, r, p)
+    mimo_o: jax.Array | None
+    D: jax.Array | None  # (b, m, h)
+    entry: jax.Array  # (b, h, t)
+    cs: jax.Array
+    scale: jax.Array
+    gamma: jax.Array
 
 
-def _at_head(out, head):
-    """Outputs of one head, from refs to a block of heads."""
-    return type(out)(**{
-        name: ref if ref is None or _HEAD_AXES[name] is None else OfHead(ref, _HEAD_AXES[name], head)
-        for name, ref in out._asdict().items()
-    })  # fmt: skip
-
-
-def _values_side(ops: Operands, dy_ref, entry_ref, exit_ref, out: ValueGradients, chunk, tiling: Tiling) -> None:
-    """One head: what needs no dq or dk. entry, exit (n, p)."""
+def _output_gradients(ops: Operands, given: Given, out: OutputGradients, chunk, tiling: Tiling) -> None:
+    """One head: X and Y under their weights with their sums against the decays, then what the read receives."""
     t0 = chunk * tiling.c
+    tokens, rows = pl.ds(t0, tiling.c), pl.ds(t0 * tiling.r, tiling.rows)
     dtype = ops.x.dtype
     slabs = tiles.slabs(tiling)
-    tokens = pl.ds(t0, tiling.c)
     B, C = tiles.load_slabs(tiling, ops.B, t0), tiles.load_slabs(tiling, ops.C, t0)
-    v = values(tiling, ops, t0)
     turns = tiles.turns(tiling, ops, chunk)
     q = tiles.project(tiling, C, ops.C_bias, turns, dtype)
     k = tiles.project(tiling, B, ops.B_bias, turns, dtype)
+    v = values(tiling, ops, t0)
+    g = _output_gradient(tiling, ops, given.dy, t0).astype(dtype)
+    X = tiling.dot(g, v, (1, 1))
     Y = sum(tiling.dot(q_, k_, (1, 1)) for q_, k_ in zip(q, k))
-    WY = tiles.weighted(tiling, ops, tiles.weights(tiling, ops, t0), Y).astype(dtype)
-    o = tiling.dot(WY, v)
-    g, slope = _gate(tiling, ops, dy_ref, t0, o)
-    o_entry = sum(tiling.dot(q_, entry_ref[slab.channels]) for slab, q_ in zip(slabs, q))
-    dentry = jnp.sum(g * o_entry, axis=1)
+    later = tiles.later(tiling, ops, t0)
+    W = tiles.weights(tiling, ops, t0, later)
+    P = tiles.weighted(tiling, ops, W, Y).astype(dtype)
+    out.P[...] = P
+    out.M[...] = (W * X).astype(dtype)
+    XY = X * Y
+    EXY = later * XY
+    dscale = tiling.per_token(jnp.sum(EXY, axis=0))
+    received = tiling.per_token(jnp.sum(EXY * tiling.of_token(ops.scale, t0)[None, :], axis=1))
+    out.scale[tokens] = dscale
+    out.cs[tokens] = received - ops.scale[tokens] * dscale
+    i, j = tiles.row_and_column(tiling)
+    out.gamma[tokens] = tiling.per_token(jnp.sum(jnp.where(i == j, XY, 0), axis=1))
+    if ops.D is not None:
+        i, j = (lax.broadcasted_iota(jnp.int32, X.shape, axis) for axis in (0, 1))
+        out.D[chunk] = jnp.sum(jnp.sum(jnp.where(i == j, X, 0), axis=1))
+
+    # dy and z are read again: kept from above they would fill the registers.
+    o = tiling.dot(P, v)
+    o_entry = sum(tiling.dot(q_, given.entries[slab.channels]) for slab, q_ in zip(slabs, q))
+    dy = _of_ranks(tiling, ops, given.dy, t0)
+    swish, slope = _swish(tiling, ops, t0, o)
+    g = dy * swish
+    if out.g is not None:
+        out.g[rows] = g.astype(dtype)
+    out.entry[tokens] = tiling.per_token(jnp.sum(g * o_entry, axis=1))
     o = tiling.fma(tiling.of_token(ops.entry, t0)[:, None], o_entry, o)
-    dz = None if slope is None else (o * slope)
-
-    g_low = g.astype(dtype)
-    k_exit = sum(tiling.dot(k_, exit_ref[slab.channels]) for slab, k_ in zip(slabs, k))
-    dexit = jnp.sum(v.astype(jnp.float32) * k_exit, axis=1)
-    dv = tiling.fma(tiling.of_token(ops.exit, t0)[:, None], k_exit, tiling.dot(WY, g_low, (0, 0)))
-    out.entry[tokens] = tiling.per_token(dentry)
-    out.exit[tokens] = tiling.per_token(dexit)
-    _store_dx(tiling, ops, out, chunk, dv)
-    _store_dz(tiling, ops, dy_ref, out, chunk, dz, o)
-    out.through[chunk] = sum(
-        jnp.sum(jnp.sum(entry_ref[slab.channels].astype(jnp.float32) * exit_ref[slab.channels].astype(jnp.float32), 1))
-        for slab in slabs
-    )
-
-
-def _gate(tiling: Tiling, ops: Operands, dy_ref, t0, o):
-    """g and what dz is of the gated o, both (rows, p) in float32; the latter None without a gate."""
-    dy = _of_ranks(tiling, ops, dy_ref, t0)
+    if ops.mimo_o is not None:
+        read = tiling.of_token(given.dy, t0, slice(None)).astype(jnp.float32) * (o * swish)
+        out.mimo_o[chunk] = tiling.per_rank(read)
     if ops.z is None:
-        return dy, None
+        return
+    dz = dy * slope * o
+    if ops.mimo_z is not None:
+        out.mimo_z[chunk] = tiling.per_rank(dz * tiling.of_token(ops.z, t0, slice(None)).astype(jnp.float32))
+        dz *= tiling.of_rank(ops.mimo_z, slice(None))
+    out.z[tokens] = tiling.per_token(dz).astype(out.z.dtype)
+
+
+def _swish(tiling: Tiling, ops: Operands, t0, o):
+    """The gate's factor of the read o and its slope, (rows, p) in float32, or 1."""
+    if ops.z is None:
+        return 1.0, None
     u = gate(tiling, ops, tiling.of_token(ops.z, t0, slice(None)))
     # 0 o ties the gate to o's registers: the compiler would else redo it for every operand it lays out differently.
     sigmoid = tiling.fma(0.0 * o, 1.0, tiling.sigmoid(u))
     swish = u * sigmoid
-    return dy * swish, dy * tiling.fma(swish, 1 - sigmoid, sigmoid)
+    return swish, tiling.fma(swish, 1 - sigmoid, sigmoid)
 
 
-def _store_dx(tiling: Tiling, ops: Operands, out: ValueGradients, chunk, dv) -> None:
-    """dx and dmimo_x from dv."""
+class ValueGradients(NamedTuple):
+    """What the kernel of the values writes; None where the operand is absent.
+
+    Sums over the tokens of a chunk (mimo_x) are finished outside.
+    """
+
+    x: jax.Array  # (b, t, h, p)
+    mimo_x: jax.Array | None  # (b, m, h, r, p)
+    exit: jax.Array  # (b, h, t)
+    through: jax.Array  # (b, h, m)
+
+
+def _value_gradients(ops: Operands, given: Given, out: ValueGradients, chunk, tiling: Tiling) -> None:
+    """One head."""
     t0 = chunk * tiling.c
+    slabs = tiles.slabs(tiling)
+    B = tiles.load_slabs(tiling, ops.B, t0)
+    v = values(tiling, ops, t0)
+    k = tiles.project(tiling, B, ops.B_bias, tiles.turns(tiling, ops, chunk), v.dtype)
+    dv = tiling.dot(given.P[...], _of_rows(tiling, given.g, chunk), (0, 0))
+    k_exit = sum(tiling.dot(k_, given.exits[slab.channels]) for slab, k_ in zip(slabs, k))
+    out.exit[pl.ds(t0, tiling.c)] = tiling.per_token(jnp.sum(v.astype(jnp.float32) * k_exit, axis=1))
+    dv = tiling.fma(tiling.of_token(ops.exit, t0)[:, None], k_exit, dv)
     if ops.mimo_x is not None:
         x = tiling.of_token(ops.x, t0, slice(None)).astype(jnp.float32)
         out.mimo_x[chunk] = tiling.per_rank(dv * x)
         dv *= tiling.of_rank(ops.mimo_x, slice(None))
     out.x[pl.ds(t0, tiling.c)] = tiling.per_token(dv).astype(out.x.dtype)
+    states = ((u[slab.channels].astype(jnp.float32) for u in (given.entries, given.exits)) for slab in slabs)
+    out.through[chunk] = sum(jnp.sum(jnp.sum(h * dS, axis=1)) for h, dS in states)
 
 
-def _store_dz(tiling: Tiling, ops: Operands, dy_ref, out: ValueGradients, chunk, dz, o) -> None:
-    """dz from that of the ranks' gates; dmimo_z, and dmimo_o from o, the read before the gate."""
-    t0 = chunk * tiling.c
-    z = None if ops.z is None else tiling.of_token(ops.z, t0, slice(None))
-    if ops.mimo_o is not None:
-        if z is not None:
-            u = gate(tiling, ops, z)
-            o *= u * tiling.sigmoid(u)
-        out.mimo_o[chunk] = tiling.per_rank(tiling.of_token(dy_ref, t0, slice(None)).astype(jnp.float32) * o)
-    if z is None:
-        return
-    if ops.mimo_z is not None:
-        out.mimo_z[chunk] = tiling.per_rank(dz * z.astype(jnp.float32))
-        dz *= tiling.of_rank(ops.mimo_z, slice(None))
-    out.z[pl.ds(t0, tiling.c)] = tiling.per_token(dz).astype(out.z.dtype)
-
-
-class WeightGradients(NamedTuple):
-    """What the kernel of the scores' weights writes; D None where the operand is."""
-
-    D: jax.Array | None  # (b, m, h), to be summed over the chunks
-    cs: jax.Array  # (b, h, t)
-    scale: jax.Array
-    gamma: jax.Array
-
-
-def _weight_kernel(chunk_ref, ops: Operands, dy_ref, out: WeightGradients, *, tiling: Tiling, heads: int):
-    """One chunk of one row, `heads` heads of one group: refs keep the axis of those heads."""
-
-    def body(head, chunk, _):
-        _weights_side(at_head(ops, head), OfHead(dy_ref, 1, head), _at_head(out, head), chunk, tiling)
-
-    over_heads(heads, chunk_ref, body)
-
-
-def _weights_side(ops: Operands, dy_ref, out: WeightGradients, chunk, tiling: Tiling) -> None:
-    """One head: X and Y, their sums against the decays."""
-    t0 = chunk * tiling.c
-    dtype = ops.x.dtype
-    B, C = tiles.load_slabs(tiling, ops.B, t0), tiles.load_slabs(tiling, ops.C, t0)
-    v = values(tiling, ops, t0)
-    g = _output_gradient(tiling, ops, dy_ref, t0).astype(dtype)
-    turns = tiles.turns(tiling, ops, chunk)
-    q = tiles.project(tiling, C, ops.C_bias, turns, dtype)
-    k = tiles.project(tiling, B, ops.B_bias, turns, dtype)
-    X = tiling.dot(g, v, (1, 1))
-    XY = X * sum(tiling.dot(q_, k_, (1, 1)) for q_, k_ in zip(q, k))
-    i, j = tiles.row_and_column(tiling)
-    EXY = tiles.later(tiling, ops, t0) * XY
-    dscale = tiling.per_token(jnp.sum(EXY, axis=0))
-    received = tiling.per_token(jnp.sum(EXY * tiling.of_token(ops.scale, t0)[None, :], axis=1))
-    tokens = pl.ds(t0, tiling.c)
-    out.scale[tokens] = dscale
-    out.cs[tokens] = received - ops.scale[tokens] * dscale
-    out.gamma[tokens] = tiling.per_token(jnp.sum(jnp.where(i == j, XY, 0), axis=1))
-    if ops.D is not None:
-        i, j = (lax.broadcasted_iota(jnp.int32, X.shape, axis) for axis in (0, 1))
-        out.D[chunk] = jnp.sum(jnp.sum(jnp.where(i == j, X, 0), axis=1))
+def _of_rows(tiling: Tiling, ref, chunk, *rest):
+    """A chunk of (t r, ...)."""
+    return ref[(pl.ds(chunk * tiling.rows, tiling.rows), *rest)]
 
 
 def _output_gradient(tiling: Tiling, ops: Operands, dy_ref, t0):
@@ -234,80 +235,77 @@ def _output_gradient(tiling: Tiling, ops: Operands, dy_ref, t0):
 
 
 class ProjectionGradients(NamedTuple):
-    """What a kernel of the projections' side writes, of B or of C, for one slab of w channels; N programs per group.
+    """What the kernel of one slab of w channels of the projections writes; N programs per group.
 
-    Sums over the tokens of a chunk (bias) and over blocks of heads are finished outside.
+    Sums over the tokens of a chunk (biases) and over blocks of heads are finished outside.
     """
 
-    projection: jax.Array  # (N, b, t r, g, w) float32
-    bias: jax.Array  # (b, m, h, r, w) float32
+    B: jax.Array  # (N, b, t r, g, w) float32
+    C: jax.Array
+    B_bias: jax.Array  # (b, m, h, r, w) float32
+    C_bias: jax.Array
     clock: jax.Array | None  # (b, h, t); None, like the next one, where the slab does not turn
     omega: jax.Array | None  # (N g, b, t, w / 2)
 
 
 def _projection_kernel(
-    chunk_ref, ops: Operands, dy_ref, states_ref, out: ProjectionGradients, *, tiling: Tiling, slab, of: str, heads: int
+    chunk_ref, ops: Operands, given: Given, out: ProjectionGradients, *, tiling: Tiling, slab, heads: int
 ):
-    """One slab of C (`of` "C", states on entry) or B ("B", adjoints on exit), for `heads` heads of one group."""
+    """One slab, for `heads` heads of one group."""
 
     def body(head, chunk, sums):
-        one = at_head(ops, head)
-        side = _query_side if of == "C" else _key_side
-        du = side(one, OfHead(dy_ref, 1, head), OfHead(states_ref, 0, head), chunk, tiling, slab)
-        return jax.tree.map(jnp.add, sums, _project_back(one, of, du, _at_head(out, head), chunk, tiling, slab))
+        one = at_head(ops, head), _at_head(given, head), _at_head(out, head)
+        return jax.tree.map(jnp.add, sums, _projection_gradients(*one, chunk, tiling, slab))
 
     def zeros(width):
         return jnp.zeros((tiling.rows, width), jnp.float32)
 
-    sums = zeros(slab.width), None if slab.pair is None else zeros(slab.width // 2)
-    du, domega = over_heads(heads, chunk_ref, body, sums)
+    sums = zeros(slab.width), zeros(slab.width), None if slab.pair is None else zeros(slab.width // 2)
+    dB, dC, domega = over_heads(heads, chunk_ref, body, sums)
     chunk = chunk_ref[...]
-    out.projection[pl.ds(chunk * tiling.rows, tiling.rows)] = du
+    rows = pl.ds(chunk * tiling.rows, tiling.rows)
+    out.B[rows], out.C[rows] = dB, dC
     if domega is not None:
         out.omega[pl.ds(chunk * tiling.c, tiling.c)] = tiling.per_token(domega)
 
 
-def _query_side(ops: Operands, dy_ref, entry_ref, chunk, tiling: Tiling, slab):
-    """A slab of dq, (rows, w) in float32."""
+def _projection_gradients(ops: Operands, given: Given, out: ProjectionGradients, chunk, tiling: Tiling, slab):
+    """One head: writes what is its own, returns its shares of dB, dC and domega."""
     t0 = chunk * tiling.c
-    dtype = ops.x.dtype
-    v = values(tiling, ops, t0)
-    g = _output_gradient(tiling, ops, dy_ref, t0)
-    M = (tiles.weights(tiling, ops, t0) * tiling.dot(g.astype(dtype), v, (1, 1))).astype(dtype)
-    k = tiles.load_projected(tiling, ops, "B", chunk, slab)
-    seen = (g * tiling.of_token(ops.entry, t0)[:, None]).astype(dtype)
-    return tiling.dot(M, k) + tiling.dot(seen, entry_ref[slab.channels], (1, 1))
-
-
-def _key_side(ops: Operands, dy_ref, exit_ref, chunk, tiling: Tiling, slab):
-    """A slab of dk, (rows, w) in float32."""
-    t0 = chunk * tiling.c
-    dtype = ops.x.dtype
-    v = values(tiling, ops, t0)
-    g = _output_gradient(tiling, ops, dy_ref, t0).astype(dtype)
-    # M^T, made as such: an operand of a product comes from registers as it is, but is transposed through memory.
-    M = (tiles.weights(tiling, ops, t0, transposed=True) * tiling.dot(v, g, (1, 1))).astype(dtype)
-    q = tiles.load_projected(tiling, ops, "C", chunk, slab)
-    written = (v.astype(jnp.float32) * tiling.of_token(ops.exit, t0)[:, None]).astype(dtype)
-    return tiling.dot(M, q) + tiling.dot(written, exit_ref[slab.channels], (1, 1))
-
-
-def _project_back(ops: Operands, of: str, du, out: ProjectionGradients, chunk, tiling: Tiling, slab):
-    """From dq or dk: writes what is the head's own, returns its share of the projection's gradient and of domega."""
-    t0 = chunk * tiling.c
-    ref, bias_ref = (ops.C, ops.C_bias) if of == "C" else (ops.B, ops.B_bias)
     turn = tiles.turn(tiling, ops, chunk, slab)
-    back = tiles.rotate_back(tiling, du, turn)
-    out.bias[chunk] = tiling.per_rank(back)
+    q = tiles.project_slab(tiling, slab, _of_rows(tiling, ops.C, chunk, slab.channels), turn, ops.C_bias, ops.x.dtype)
+    v = values(tiling, ops, t0)
+    dk = tiling.dot(given.M[...], q, (0, 0))
+    written = (v.astype(jnp.float32) * tiling.of_token(ops.exit, t0)[:, None]).astype(v.dtype)
+    dk += tiling.dot(written, given.exits[slab.channels], (1, 1))
+    dB, turned = _turn_back(tiling, ops.B, ops.B_bias, dk, turn, chunk, slab)
+    out.B_bias[chunk] = tiling.per_rank(dB)
+
+    k = tiles.project_slab(tiling, slab, _of_rows(tiling, ops.B, chunk, slab.channels), turn, ops.B_bias, ops.x.dtype)
+    g = _of_rows(tiling, given.g, chunk).astype(jnp.float32)
+    seen = (g * tiling.of_token(ops.entry, t0)[:, None]).astype(k.dtype)
+    dq = tiling.dot(given.M[...], k) + tiling.dot(seen, given.entries[slab.channels], (1, 1))
+    dC, also_turned = _turn_back(tiling, ops.C, ops.C_bias, dq, turn, chunk, slab)
+    out.C_bias[chunk] = tiling.per_rank(dC)
     if turn is None:
-        return back, None
-    (a, b), (da, db) = tiles.pairs_of(tiles.load(tiling, ref, bias_ref, t0, slab)), tiles.pairs_of(back)
-    dtheta = tiling.fma(a, db, -(b * da))
+        return dB, dC, None
+
+    dtheta = turned + also_turned
     # The reverse cumulative sum, of which Triton has the forward one only.
     received = tiling.once_per_token(jnp.sum(dtheta, axis=0)[None, :] - jnp.cumsum(dtheta, axis=0) + dtheta)
     omega = tiling.of_token(ops.omega, t0, slab.pairs)
     out.clock[pl.ds(t0, tiling.c)] = tiling.per_token(jnp.sum(received * omega, axis=1))
-    return back, received * tiling.of_token(ops.clock, t0)[:, None]
+    return dB, dC, received * tiling.of_token(ops.clock, t0)[:, None]
+
+
+def _turn_back(tiling: Tiling, ref, bias_ref, du, turn, chunk, slab):
+    """From dk or dq: the gradient before the rotation, and what the angle receives, None without one."""
+    back = tiles.rotate_back(tiling, du, turn)
+    if turn is None:
+        return back, None
+    raw = tiles.biased(tiling, _of_rows(tiling, ref, chunk, slab.channels), bias_ref, slab)
+    (a, b), (da, db) = tiles.pairs_of(raw), tiles.pairs_of(back)
+    return back, tiling.fma(a, db, -(b * da))
 
 
 def _exit_adjoints(ops: Operands, dy, dlast, tiling: Tiling, segments: int, blocks: BlockSizes):
@@ -350,8 +348,8 @@ class _Grid(NamedTuple):
         """index(block of heads, chunk, row of the batch), from the grid's axes."""
         return at_heads(self.blocks_of_heads, index)
 
-    def call(self, kernel, name: str, out: tuple, inputs, **static):
-        """Runs `kernel`; `out` holds (shape, BlockSpec) or None, `inputs` (array, BlockSpec), after chunk and ops."""
+    def call(self, kernel, name: str, given: Given, out, **static):
+        """Runs `kernel`; `out` holds (shape, BlockSpec) or None."""
         b = self.ops.x.shape[0]
         outs = [None if u is None else u[i] for u in out for i in (0, 1)]
         return pl.pallas_call(
@@ -360,14 +358,20 @@ class _Grid(NamedTuple):
             in_specs=[
                 pl.BlockSpec((None,), self.at(lambda i, c, b: (c,))),
                 specs(self.ops, self.at(lambda i, c, b: (b, i, i // self.per_group)), self.heads),
-                *(spec for _, spec in inputs),
+                Given(*map(self._given_spec, given)),
             ],
             out_specs=[type(out)(*outs[1::2])],
             out_shape=[type(out)(*outs[0::2])],
             compiler_params=tiles.compiler_params(self.blocks.num_warps, self.blocks.stages),
             interpret=self.tiling.interpret,
             name=name,
-        )(jnp.arange(self.chunks, dtype=jnp.int32), self.ops, *(array for array, _ in inputs))[0]
+        )(jnp.arange(self.chunks, dtype=jnp.int32), self.ops, given)[0]
+
+    def _given_spec(self, array):
+        """A sequence, or one matrix a chunk."""
+        if array is None:
+            return None
+        return self.sequence_spec(array) if array.ndim == 4 else self.chunk_spec(array.shape)
 
     def sequence(self, array):
         """(b, t or t r, h, p), as an output in the array's dtype."""
@@ -380,11 +384,15 @@ class _Grid(NamedTuple):
         _, rows, _, p = array.shape
         return pl.BlockSpec((None, rows, self.heads, p), self.at(lambda i, c, b: (b, 0, i, 0)))
 
-    @property
-    def state_spec(self):
-        """One chunk of (b, h, m, n, p)."""
-        n, p = self.tiling.n, self.tiling.p
-        return pl.BlockSpec((None, self.heads, None, n, p), self.at(lambda i, c, b: (b, i, c, 0, 0)))
+    def chunk_spec(self, shape):
+        """One chunk of (b, h, m, ...), a matrix of every head."""
+        return pl.BlockSpec((None, self.heads, None, *shape[3:]), self.at(lambda i, c, b: (b, i, c, 0, 0)))
+
+    def squares(self):
+        """(b, h, m, rows, rows) in the dtype of x."""
+        b, _, h, _ = self.ops.x.shape
+        shape = b, h, self.chunks, self.tiling.rows, self.tiling.rows
+        return jax.ShapeDtypeStruct(shape, self.ops.x.dtype), self.chunk_spec(shape)
 
     def coefficient(self, length: int | None = None):
         """(b, h, t) or (b, h, length)."""
@@ -403,33 +411,34 @@ class _Grid(NamedTuple):
         return jax.ShapeDtypeStruct((b, self.chunks, h, *shape), jnp.float32), spec
 
 
-def _call_value_gradients(ops: Operands, dy, entries, exits, tiling: Tiling, blocks: BlockSizes) -> ValueGradients:
+def _call_output_gradients(ops: Operands, given: Given, tiling: Tiling, blocks: BlockSizes) -> OutputGradients:
     # One head to a program, as in the forward pass: what is fetched ahead needs registers that this one has not.
     grid = _Grid(ops, tiling, dataclasses.replace(blocks, heads=1))
-    r, p = tiling.r, tiling.p
-    out = ValueGradients(
-        x=grid.sequence(ops.x),
+    b, t, h, p = ops.x.shape
+    gated = ops.z is not None or ops.mimo_o is not None
+    mimo_z, mimo_o = (grid.per_chunk(u, tiling.r, tiling.p) for u in (ops.mimo_z, ops.mimo_o))
+    out = OutputGradients(
+        P=grid.squares(),
+        M=grid.squares(),
+        g=grid.sequence(jax.ShapeDtypeStruct((b, t * tiling.r, h, p), ops.x.dtype)) if gated else None,
         z=grid.sequence(ops.z),
-        mimo_x=grid.per_chunk(ops.mimo_x, r, p),
-        mimo_z=grid.per_chunk(ops.mimo_z, r, p),
-        mimo_o=grid.per_chunk(ops.mimo_o, r, p),
-        entry=grid.coefficient(),
-        exit=grid.coefficient(),
-        through=grid.coefficient(grid.chunks),
+        mimo_z=mimo_z,
+        mimo_o=mimo_o,
+        D=grid.per_chunk(ops.D),
+        **dict.fromkeys(("entry", "cs", "scale", "gamma"), grid.coefficient()),
     )
-    inputs = (dy, grid.sequence_spec(dy)), (entries, grid.state_spec), (exits, grid.state_spec)
-    return grid.call(_value_kernel, "ssm_value_gradients", out, inputs)
+    return grid.call(_kernel, "ssm_output_gradients", given, out, of_head=_output_gradients)
 
 
-def _call_weight_gradients(ops: Operands, dy, tiling: Tiling, blocks: BlockSizes) -> WeightGradients:
+def _call_value_gradients(ops: Operands, given: Given, tiling: Tiling, blocks: BlockSizes) -> ValueGradients:
     grid = _Grid(ops, tiling, blocks)
-    out = WeightGradients(grid.per_chunk(ops.D), *(grid.coefficient(),) * 3)
-    inputs = ((dy, grid.sequence_spec(dy)),)
-    return grid.call(_weight_kernel, "ssm_weight_gradients", out, inputs)
+    mimo_x = grid.per_chunk(ops.mimo_x, tiling.r, tiling.p)
+    out = ValueGradients(grid.sequence(ops.x), mimo_x, grid.coefficient(), grid.coefficient(grid.chunks))
+    return grid.call(_kernel, "ssm_value_gradients", given, out, of_head=_value_gradients)
 
 
 def _call_projection_gradients(
-    ops: Operands, dy, states, tiling: Tiling, slab, of: str, blocks: BlockSizes
+    ops: Operands, given: Given, slab, tiling: Tiling, blocks: BlockSizes
 ) -> ProjectionGradients:
     grid = _Grid(ops, tiling, blocks)
     b, t, h, _ = ops.x.shape
@@ -439,20 +448,12 @@ def _call_projection_gradients(
     def shared(shape, block, index):
         return jax.ShapeDtypeStruct(shape, jnp.float32), pl.BlockSpec(block, grid.at(index))
 
-    turning = None, None
-    if slab.pair is not None:
-        turning = (
-            grid.coefficient(),
-            shared((N * g, b, t, half), (None, None, t, half), lambda i, c, b: (i, b, 0, 0)),
-        )
-    out = ProjectionGradients(
-        shared((N, b, t * r, g, w), (None, None, t * r, None, w), lambda i, c, b: (i % N, b, 0, i // N, 0)),
-        grid.per_chunk(ops.B_bias, r, w),
-        *turning,
-    )
-    inputs = (dy, grid.sequence_spec(dy)), (states, grid.state_spec)
-    static = dict(slab=slab, of=of)
-    return grid.call(_projection_kernel, f"ssm_{of}_gradients", out, inputs, **static)
+    projection = shared((N, b, t * r, g, w), (None, None, t * r, None, w), lambda i, c, b: (i % N, b, 0, i // N, 0))
+    bias = grid.per_chunk(ops.B_bias, r, w)
+    omega = shared((N * g, b, t, half), (None, None, t, half), lambda i, c, b: (i, b, 0, 0))
+    turning = (None, None) if slab.pair is None else (grid.coefficient(), omega)
+    out = ProjectionGradients(projection, projection, bias, bias, *turning)
+    return grid.call(_projection_kernel, "ssm_projection_gradients", given, out, slab=slab)
 
 
 def _start_angles(entries, exits, h0, last, dh0, dlast, tiling: Tiling) -> jax.Array:
@@ -473,45 +474,44 @@ def _start_angles(entries, exits, h0, last, dh0, dlast, tiling: Tiling) -> jax.A
 
 
 def backward(
-    ops: Operands, h0, dy, dlast, tiling: Tiling, segments: int, blocks: BlockSizes
+    ops: Operands, h0, last, entries, dy, dlast, tiling: Tiling, segments: int, blocks: BlockSizes
 ) -> tuple[Operands, jax.Array]:
-    """Gradients of the operands and of h0, from those of y and of the last state."""
-    entries, last = entry_states(ops, h0, tiling, segments, blocks)
+    """Gradients of the operands and of h0, from those of y and of the last state, and what the forward pass kept."""
     exits, dh0 = _exit_adjoints(ops, dy, dlast, tiling, segments, blocks)
-    values = _call_value_gradients(ops, dy, entries, exits, tiling, blocks)
-    weights = _call_weight_gradients(ops, dy, tiling, blocks)
-    slabs = tiles.slabs(tiling)
-    C, B = (
-        [_call_projection_gradients(ops, dy, states, tiling, slab, of, blocks) for slab in slabs]
-        for of, states in (("C", entries), ("B", exits))
-    )
+    how = dict(tiling=tiling, blocks=blocks)
+    outputs = _call_output_gradients(ops, Given(dy=dy, entries=entries), **how)
+    g = dy if outputs.g is None else outputs.g
+    values = _call_value_gradients(ops, Given(g=g, P=outputs.P, entries=entries, exits=exits), **how)
+    given = Given(g=g, M=outputs.M, entries=entries, exits=exits)
+    slabs = tiles.slabs(tiling, blocks.turning_slab)
+    projections = [_call_projection_gradients(ops, given, slab, **how) for slab in slabs]
 
-    def joined(u: list[ProjectionGradients], name: str, over) -> jax.Array:
+    def joined(name: str, over) -> jax.Array:
         """Of the slabs that have it."""
-        parts = [getattr(one, name) for one in u if getattr(one, name) is not None]
+        parts = [getattr(one, name) for one in projections if getattr(one, name) is not None]
         return jnp.concatenate([jnp.sum(part, axis=over) for part in parts], axis=-1)
 
     grads = Operands(
         x=values.x,
-        z=values.z,
-        B=joined(B, "projection", 0),
-        C=joined(C, "projection", 0),
-        B_bias=joined(B, "bias", (0, 1)),
-        C_bias=joined(C, "bias", (0, 1)),
-        D=None if ops.D is None else jnp.sum(weights.D, axis=(0, 1)),
+        z=outputs.z,
+        B=joined("B", 0),
+        C=joined("C", 0),
+        B_bias=joined("B_bias", (0, 1)),
+        C_bias=joined("C_bias", (0, 1)),
+        D=None if ops.D is None else jnp.sum(outputs.D, axis=(0, 1)),
         **{
-            name: None if getattr(values, name) is None else jnp.sum(getattr(values, name), axis=(0, 1))
-            for name in ("mimo_x", "mimo_z", "mimo_o")
+            name: None if u is None else jnp.sum(u, axis=(0, 1))
+            for name, u in dict(mimo_x=values.mimo_x, mimo_z=outputs.mimo_z, mimo_o=outputs.mimo_o).items()
         },
-        coarse=weights.cs,
-        fine=None if ops.fine is None else weights.cs,
-        entry=values.entry,
+        coarse=outputs.cs,
+        fine=None if ops.fine is None else outputs.cs,
+        entry=outputs.entry,
         exit=values.exit,
         through=values.through,
-        scale=weights.scale,
-        gamma=weights.gamma,
-        clock=sum((u.clock for u in C + B if u.clock is not None), jnp.zeros_like(ops.clock)),
-        omega=joined(C, "omega", 0) + joined(B, "omega", 0) if tiling.s else None,
+        scale=outputs.scale,
+        gamma=outputs.gamma,
+        clock=sum((u.clock for u in projections if u.clock is not None), jnp.zeros_like(ops.clock)),
+        omega=joined("omega", 0) if tiling.s else None,
         theta0=_start_angles(entries, exits, h0, last, dh0, dlast, tiling) if tiling.s else None,
         segment_ids=None,
     )

@@ -59,6 +59,7 @@ class BlockSizes:
         serial_stages: chunks whose loads are under way at once in the passes from chunk to chunk.
         stages: heads whose loads are under way at once in the passes over chunks.
         heads: most heads of one program of those passes; what heads share is summed over programs outside.
+        turning_slab: most state channels that turn of one program of the projections' gradients.
         programs: serial programs that fill the GPU; below, time is cut into segments.
     """
 
@@ -67,6 +68,7 @@ class BlockSizes:
     serial_stages: int
     stages: int
     heads: int
+    turning_slab: int
     programs: int
 
 
@@ -74,8 +76,9 @@ def default_block_sizes(r: int, dtype, compute_capability: str) -> BlockSizes:
     """For rank r, the dtype of x and a GPU such as "9.0" (H100); see the table above."""
     # Four warps are one warp group, whose matrix product takes 64 rows; float32 tiles are twice as wide in registers.
     rows = 64 if jnp.dtype(dtype).itemsize == 2 else 16
-    serial_stages, stages = (3, 2) if r == 1 else (1, 1)
+    # Where loads are fetched ahead, the gradients of 64 turning channels of B and C spill.
+    serial_stages, stages, turning_slab = (3, 2, 32) if r == 1 else (1, 1, 64)
     if float(compute_capability) >= 10:
         # Loads fetched ahead were silently wrong there in the official kernels; not tried on such a GPU by us.
         serial_stages = stages = 1
-    return BlockSizes(max(rows, r), 4, serial_stages, stages, heads=16, programs=256)
+    return BlockSizes(max(rows, r), 4, serial_stages, stages, 16, turning_slab, programs=256)

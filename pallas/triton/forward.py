@@ -70,7 +70,8 @@ def _output_kernel(chunk_ref, ops: Operands, entry_ref, y_ref, *, tiling: Tiling
     entry = sum(tiling.dot(q_, entry_ref[slab.channels]) for slab, q_ in zip(slabs, q))
     k = tiles.project(tiling, B, ops.B_bias, turns, v.dtype)
     scores = sum(tiling.dot(q_, k_, (1, 1)) for q_, k_ in zip(q, k))
-    o = tiling.dot(tiles.weighted(tiling, ops, tiles.weights(tiling, ops, t0), scores).astype(v.dtype), v)
+    W = tiles.weights(tiling, ops, t0, tiles.later(tiling, ops, t0))
+    o = tiling.dot(tiles.weighted(tiling, ops, W, scores).astype(v.dtype), v)
     o = tiling.fma(tiling.of_token(ops.entry, t0)[:, None], entry, o)
     if z is not None:
         u = gate(tiling, ops, z)
@@ -141,7 +142,7 @@ def _call_outputs(ops: Operands, entries, tiling: Tiling, blocks: BlockSizes) ->
     )(jnp.arange(m, dtype=jnp.int32), ops, entries)
 
 
-def entry_states(ops: Operands, h0, tiling: Tiling, segments: int, blocks: BlockSizes) -> tuple[jax.Array, jax.Array]:
+def _entry_states(ops: Operands, h0, tiling: Tiling, segments: int, blocks: BlockSizes) -> tuple[jax.Array, jax.Array]:
     """(b, h, chunks, n, p) in the dtype of x, and the last state (b, h, n, p) in float32."""
     call = functools.partial(call_serial, _state_kernel, "ssm_states", ops, (), tiling=tiling, blocks=blocks)
     starts = h0[:, :, None]
@@ -160,7 +161,8 @@ def scan_segments(h0, ends, through) -> jax.Array:
     return jnp.stack(starts, axis=2)
 
 
-def forward(ops: Operands, h0, tiling: Tiling, segments: int, blocks: BlockSizes) -> tuple[jax.Array, jax.Array]:
-    """y (b, t, h, p), or (b, t r, h, p) without mimo_o; and the last state (b, h, n, p), float32, in kernel order."""
-    entries, last = entry_states(ops, h0, tiling, segments, blocks)
-    return _call_outputs(ops, entries, tiling, blocks), last
+def forward(ops: Operands, h0, tiling: Tiling, segments: int, blocks: BlockSizes) -> tuple[jax.Array, ...]:
+    """y (b, t, h, p), or (b, t r, h, p) without mimo_o; the last state (b, h, n, p), float32, in kernel order; and the
+    state that every chunk starts from, (b, h, chunks, n, p) in the dtype of x."""
+    entries, last = _entry_states(ops, h0, tiling, segments, blocks)
+    return _call_outputs(ops, entries, tiling, blocks), last, entries

@@ -8,7 +8,7 @@ from jax.experimental import pallas as pl
 
 
 class Operands(NamedTuple):
-    """What the SSM reads, as the layer wrote it; None is absent. Only these are kept for the backward pass.
+    """What the SSM reads, as the layer wrote it; None is absent.
 
     Attributes:
         x, z: input and gate.

@@ -131,12 +131,12 @@ class Slab(NamedTuple):
 SLAB = 64
 
 
-def slabs(tiling: Tiling) -> tuple[Slab, ...]:
+def slabs(tiling: Tiling, turning_width: int = SLAB) -> tuple[Slab, ...]:
     """The state axis in kernel order, [first_0, second_0, first_1, ... | channels that do not turn], in slabs."""
     turning, n = 2 * tiling.s, tiling.n
     out = []
     for begin, end, turns in ((0, turning, True), (turning, n, False)):
-        width = min(SLAB, end - begin)
+        width = min(turning_width if turns else SLAB, end - begin)
         out += [Slab(i, width, i // 2 if turns else None) for i in range(begin, end, width or 1)]
     return tuple(out)
 
@@ -174,18 +174,6 @@ def biased(tiling: Tiling, raw: jax.Array, bias_ref, slab: Slab) -> jax.Array:
     return raw.astype(jnp.float32) + tiling.of_rank(bias_ref, slab.channels)
 
 
-def load(tiling: Tiling, ref, bias_ref, t0, slab: Slab) -> jax.Array:
-    """The same from memory."""
-    return biased(tiling, ref[pl.ds(t0 * tiling.r, tiling.rows), slab.channels], bias_ref, slab)
-
-
-def load_projected(tiling: Tiling, ops, of: str, chunk, slab: Slab) -> jax.Array:
-    """A slab of k (`of` "B") or q ("C") from memory."""
-    ref, bias_ref = (ops.C, ops.C_bias) if of == "C" else (ops.B, ops.B_bias)
-    raw = ref[pl.ds(chunk * tiling.rows, tiling.rows), slab.channels]
-    return project_slab(tiling, slab, raw, turn(tiling, ops, chunk, slab), bias_ref, ops.x.dtype)
-
-
 def rotate(tiling: Tiling, u: jax.Array, by: Turn | None) -> jax.Array:
     """R(theta) u of one slab."""
     if by is None:
@@ -217,8 +205,8 @@ def project_slab(tiling: Tiling, slab: Slab, raw: jax.Array, by: Turn | None, bi
     return rotate(tiling, biased(tiling, raw, bias_ref, slab), by).astype(dtype)
 
 
-def later(tiling: Tiling, ops, t0, transposed: bool = False) -> jax.Array:
-    """exp(cs_i - cs_j) where row i is later than j and of its document, else 0; (rows, rows), [i, j] or [j, i]."""
+def later(tiling: Tiling, ops, t0) -> jax.Array:
+    """E_ij = exp(cs_i - cs_j) where row i is later than j and of its document, else 0; (rows, rows)."""
     i, j = row_and_column(tiling)
     same = None
     if ops.segment_ids is not None:
@@ -229,17 +217,14 @@ def later(tiling: Tiling, ops, t0, transposed: bool = False) -> jax.Array:
     else:
         coarse, fine = tiling.of_token(ops.coarse, t0), tiling.of_token(ops.fine, t0)
         exponent = ((coarse[:, None] - coarse[None, :]) + (fine[:, None] - fine[None, :])) * ptx.LOG2_E
-    if transposed:
-        i, j, exponent = j, i, -exponent
     return jnp.where(i > j if same is None else (i > j) & same, tiling.exp2(exponent), 0)
 
 
-def weights(tiling: Tiling, ops, t0, transposed: bool = False) -> jax.Array:
-    """W or its transpose, (rows, rows)."""
+def weights(tiling: Tiling, ops, t0, later: jax.Array) -> jax.Array:
+    """W from E, (rows, rows)."""
     i, j = row_and_column(tiling)
     scale, gamma = tiling.of_token(ops.scale, t0), tiling.of_token(ops.gamma, t0)
-    scale = scale[:, None] if transposed else scale[None, :]
-    return jnp.where(i == j, gamma[None, :], later(tiling, ops, t0, transposed) * scale)
+    return jnp.where(i == j, gamma[None, :], later * scale[None, :])
 
 
 def weighted(tiling: Tiling, ops, W: jax.Array, scores: jax.Array) -> jax.Array:

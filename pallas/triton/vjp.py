@@ -26,7 +26,7 @@ from pallas.triton.operands import AXES, Operands
 from pallas.triton.tiles import Tiling
 
 # Axes of the arrays that are not operands.
-_Y, _STATE = "b rows h p", "b h n p"
+_Y, _STATE, _STATES = "b rows h p", "b h n p", "b h chunks n p"
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
@@ -43,17 +43,18 @@ def ssm(ops: Operands, h0: jax.Array, tiling: Tiling, segments: int, blocks: Blo
 # lowered once a shape, which takes longer than all the rest of a layer.
 @functools.partial(jax.jit, static_argnums=(2, 3, 4))
 def _forward(ops, h0, tiling, segments, blocks):
-    run = _Sharded(forward, (_axes(ops), _STATE), (_Y, _STATE), ops, tiling, segments, blocks)
-    return run(ops, h0), (ops, h0)
+    run = _Sharded(forward, (_axes(ops), _STATE), (_Y, _STATE, _STATES), ops, tiling, segments, blocks)
+    y, last, entries = run(ops, h0)
+    return (y, last), (ops, h0, last, entries)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _backward(tiling, segments, blocks, saved, grads):
-    ops, h0 = saved
+    ops, *states = saved
     axes = _axes(ops)
     outs = axes._replace(segment_ids=None), _STATE
-    run = _Sharded(backward, (axes, _STATE, _Y, _STATE), outs, ops, tiling, segments, blocks)
-    return run(ops, h0, *grads)
+    run = _Sharded(backward, (axes, _STATE, _STATE, _STATES, _Y, _STATE), outs, ops, tiling, segments, blocks)
+    return run(ops, *states, *grads)
 
 
 ssm.defvjp(_forward, _backward)

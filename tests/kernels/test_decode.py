@@ -1,4 +1,7 @@
-"""The decode kernel: interpreted on the CPU against the recurrence, and lowered for GPUs without one."""
+"""The decode kernel against the recurrence, and lowered for GPUs without one.
+
+On a CPU it is interpreted. `JAX_PLATFORMS=cuda pytest tests/kernels/test_decode.py` runs it on a GPU.
+"""
 
 import functools
 import warnings
@@ -14,7 +17,8 @@ from mamba3_jax.ops.decode import decode
 from pallas.triton import decode as kernel
 from test_operator import assert_states_close, call, cut, make, random_state, split_static
 
-# Relative Frobenius norm; the sums are over 16 channels and at most 8 ranks.
+INTERPRET = jax.default_backend() != "gpu"
+# Relative Frobenius norm; the sums are over 16 channels and at most 8 ranks. A GPU's sines are good to 2^-20.
 TOLERANCE = {jnp.float32: 1e-5, jnp.bfloat16: 1e-2}
 
 VARIANTS = {
@@ -71,7 +75,7 @@ def assert_close(state: SSMState, expected: SSMState, tolerance: float):
 def test_steps_are_the_recurrence(variant):
     """Three steps in a row from a random state, each from the state that the kernel itself returned."""
     args = make(3, **VARIANTS[variant])
-    step, reference = stepper(decode, args, interpret=True), stepper(ssm_step, args, implementation="recurrent")
+    step, reference = stepper(decode, args, interpret=INTERPRET), stepper(ssm_step, args, implementation="recurrent")
     state = expected = random_state(args)
     for t in range(3):
         y, state = step(t, state)
@@ -88,7 +92,7 @@ def test_low_precision(variant):
     narrow = random_state(args)
     narrow = narrow.map(lambda a: a.astype(jnp.bfloat16))._replace(angle=narrow.angle)
     state, expected = narrow, narrow.map(lambda a: a.astype(jnp.float32))
-    step, reference = stepper(decode, args, interpret=True), stepper(ssm_step, args, implementation="recurrent")
+    step, reference = stepper(decode, args, interpret=INTERPRET), stepper(ssm_step, args, implementation="recurrent")
     for t in range(3):
         y, state = step(t, state)
         y_, expected = reference(t, expected)
@@ -106,7 +110,7 @@ def test_prefill_and_decode_are_one_pass(variant):
     args = make(12, **VARIANTS[variant])
     whole, final = call(args)
     _, state = call(cut(args, 0, 8))
-    step = stepper(decode, args, interpret=True)
+    step = stepper(decode, args, interpret=INTERPRET)
     for t in range(8, 12):
         y, state = step(t, state)
         assert error(y, whole[:, t]) <= TOLERANCE[jnp.float32], t
@@ -117,10 +121,10 @@ def test_prefill_and_decode_are_one_pass(variant):
 def test_blocks_do_not_change_the_result(variant):
     args = make(1, **VARIANTS[variant])
     state = random_state(args)
-    y, new = decode(**token(args), state=state, interpret=True)
+    y, new = decode(**token(args), state=state, interpret=INTERPRET)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kernel, "default_block_sizes", lambda p, n, r: kernel.BlockSizes(block_p=2, num_warps=1))
-        y_, new_ = decode(**token(args), state=state, interpret=True)
+        y_, new_ = decode(**token(args), state=state, interpret=INTERPRET)
     assert error(y_, y) <= 1e-6
     assert_close(new_, new, 1e-6)
 
@@ -136,7 +140,7 @@ def test_angles_of_many_revolutions():
     """They stay in [-pi, pi], where the GPU's sine and cosine are accurate, to the bits of the reference."""
     args = make(1) | dict(dt=jnp.full((2, 1, 2), 50.0))
     state = random_state(args)
-    _, new = stepper(decode, args, interpret=True)(0, state)
+    _, new = stepper(decode, args, interpret=INTERPRET)(0, state)
     _, expected = stepper(ssm_step, args, implementation="recurrent")(0, state)
     assert np.max(np.abs(new.angle)) <= np.pi + 1e-5
     assert np.max(np.abs(np.sin((new.angle - expected.angle) / 2))) <= 1e-6
@@ -154,7 +158,7 @@ def test_sizes_outside_the_kernel_are_named(case):
     kwargs, got, allowed = ERRORS[case]
     args = make(1, **kwargs)
     with pytest.raises(NotImplementedError) as caught:
-        decode(**token(args), state=random_state(args), interpret=True)
+        decode(**token(args), state=random_state(args), interpret=INTERPRET)
     assert got in str(caught.value) and allowed in str(caught.value)
 
 
@@ -162,14 +166,14 @@ def test_dtypes_outside_the_kernel_are_named():
     with jax.enable_x64(True):
         args = make(1, dtype=jnp.float64)
         with pytest.raises(NotImplementedError, match="x: got dtype float64; allowed .* computes in float32"):
-            decode(**token(args), state=random_state(args), interpret=True)
+            decode(**token(args), state=random_state(args), interpret=INTERPRET)
         args = make(1)
         state = random_state(args)
         with pytest.raises(NotImplementedError, match="state.ssm: got dtype float64; allowed"):
-            decode(**token(args), state=state._replace(ssm=state.ssm.astype(jnp.float64)), interpret=True)
+            decode(**token(args), state=state._replace(ssm=state.ssm.astype(jnp.float64)), interpret=INTERPRET)
     state = random_state(args)
     with pytest.raises(NotImplementedError, match="state.angle: got dtype bfloat16; allowed .*: float32$"):
-        decode(**token(args), state=state._replace(angle=state.angle.astype(jnp.bfloat16)), interpret=True)
+        decode(**token(args), state=state._replace(angle=state.angle.astype(jnp.bfloat16)), interpret=INTERPRET)
 
 
 @pytest.mark.parametrize("variant", ["siso", "siso no rotation", "mimo rank 4", "mimo bare, ranks kept"])

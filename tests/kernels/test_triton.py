@@ -1,4 +1,7 @@
-"""The kernels of whole sequences: interpreted on the CPU against the recurrence, and lowered for GPUs without one."""
+"""The kernels of whole sequences against the recurrence, and lowered for GPUs without one.
+
+On a CPU they are interpreted. `JAX_PLATFORMS=cuda pytest tests/kernels/test_triton.py` runs them on a GPU.
+"""
 
 import contextlib
 import dataclasses
@@ -20,8 +23,12 @@ from mamba3_jax.ops.triton import triton
 from pallas.triton.block_sizes import default_block_sizes
 from test_operator import assert_states_close, call, cut, make, random_state, split_static, values_and_gradients
 
-# Relative Frobenius norm, of values and of gradients.
-TOLERANCE = {jnp.float32: 1e-5, jnp.bfloat16: 1e-2}
+INTERPRET = jax.default_backend() != "gpu"
+# Relative Frobenius norm, of values and of gradients. A GPU makes float32 products of three TF32 ones, and its sines
+# and cosines are good to 2^-20.
+TOLERANCE = {jnp.float32: 1e-5 if INTERPRET else 1e-4, jnp.bfloat16: 1e-2}
+# Of sums in another order.
+REORDERED = 1e-6 if INTERPRET else 1e-4
 
 SIZES = dict(p=16, n=32, s=8)
 # Of the operator, and how the kernels cut it: (arguments, rows of a tile, segments).
@@ -51,12 +58,12 @@ def arguments(t=37, packed=False, **kwargs):
 
 @contextlib.contextmanager
 def interpreted(rows=16, segments=1):
-    """Inside, `ssm` and `ssm_step` take this machine for one with a GPU, and its kernels run interpreted."""
+    """Inside, `ssm` and `ssm_step` take this machine for one with a GPU; if it is not, the kernels run interpreted."""
     with pytest.MonkeyPatch.context() as patch:
         blocks = dataclasses.replace(default_block_sizes(1, jnp.float32, "9.0"), rows=rows)
-        options = dict(blocks=blocks, segments=segments, interpret=True)
+        options = dict(blocks=blocks, segments=segments, interpret=INTERPRET)
         patch.setattr(api, "triton", functools.partial(triton, **options))
-        patch.setattr(api, "decode", functools.partial(decode, interpret=True))
+        patch.setattr(api, "decode", functools.partial(decode, interpret=INTERPRET))
         patch.setattr(api, "_platform", lambda: "cuda")
         patch.setattr(api, "_step_kernel", lambda: "triton")
         yield
@@ -175,8 +182,8 @@ def test_chunks_and_segments_do_not_change_the_result():
         with interpreted(rows, segments):
             results.append(call(args, initial_state=state, implementation="triton"))
     for y, final in results[1:]:
-        assert error(y, results[0][0]) <= 1e-6
-        assert_final_close(final, results[0][1], 2e-6)
+        assert error(y, results[0][0]) <= REORDERED
+        assert_final_close(final, results[0][1], 2 * REORDERED)
 
 
 def test_one_call_equals_three_wherever_it_is_cut():
@@ -188,8 +195,8 @@ def test_one_call_equals_three_wherever_it_is_cut():
         for start, stop in ((0, 1), (1, 17), (17, 40)):
             y, state = call(cut(args, start, stop), initial_state=state, implementation="triton")
             outputs.append(y)
-    assert error(jnp.concatenate(outputs, 1), whole) <= 1e-6
-    assert_final_close(state, final, 1e-6)
+    assert error(jnp.concatenate(outputs, 1), whole) <= REORDERED
+    assert_final_close(state, final, REORDERED)
 
 
 def test_packed_documents_are_separate_documents():
@@ -200,8 +207,8 @@ def test_packed_documents_are_separate_documents():
         pieces = [
             call(cut(args, start, stop), implementation="triton") for start, stop in ((0, 16), (16, 17), (17, 40))
         ]
-    assert error(packed, jnp.concatenate([y for y, _ in pieces], 1)) <= 1e-6
-    assert_final_close(final, pieces[-1][1], 1e-6)
+    assert error(packed, jnp.concatenate([y for y, _ in pieces], 1)) <= REORDERED
+    assert_final_close(final, pieces[-1][1], REORDERED)
 
 
 def test_weak_decay_after_a_strong_one_and_angles_that_wrap_at_every_step():
@@ -212,7 +219,7 @@ def test_weak_decay_after_a_strong_one_and_angles_that_wrap_at_every_step():
     args |= dict(omega=args["omega"] + 3 * np.pi)
     with interpreted(rows=64):
         y, _ = call(args, implementation="triton")
-    assert error(y, in_float64(call, args)[0]) <= 5e-6
+    assert error(y, in_float64(call, args)[0]) <= 5 * REORDERED
 
 
 def test_angle_after_many_chunks():
@@ -282,6 +289,10 @@ def on_one_device(**kwargs):
         return arrays, gradients, jax.jit(gradients)(arrays)
 
 
+several_devices = pytest.mark.skipif(jax.device_count() < 4, reason="needs four devices, as a CPU has in these tests")
+
+
+@several_devices
 @pytest.mark.parametrize("case", SHARDED)
 def test_every_device_runs_its_own_rows_and_heads(case):
     """Under `jit` with shardings: the values and gradients of one device, and x never gathered."""
@@ -299,6 +310,7 @@ def test_every_device_runs_its_own_rows_and_heads(case):
     assert all("2,32]" in shape for shape in gathered) if case == "heads of a group apart" else not gathered
 
 
+@several_devices
 def test_inside_a_shard_map_and_a_vmap():
     """A sweep's runs are vmapped, those of each device by themselves."""
     args = arguments(20, s=16, b=1)
@@ -337,7 +349,7 @@ def test_lowers_for_gpus(device, capability, kwargs):
         traced = jax.jit(jax.value_and_grad(sharded_loss(static), has_aux=True)).trace(shapes)
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
     names = set(re.findall(r'name = "(ssm_\w+)"', text))
-    gradients = {f"ssm_{of}_gradients" for of in ("value", "weight", "B", "C")}
+    gradients = {f"ssm_{of}_gradients" for of in ("output", "value", "projection")}
     assert names == {"ssm_states", "ssm_outputs", "ssm_adjoints"} | gradients
 
 
@@ -390,6 +402,7 @@ def step_of(args, **options):
     return jax.eval_shape(lambda: ssm_step(**token, **options))
 
 
+@pytest.mark.skipif(not INTERPRET, reason="this machine has a GPU")
 def test_a_machine_without_a_gpu_is_named():
     args = arguments(1)
     expected = "implementation: got 'triton' on a machine with cpu devices.*; allowed: recurrent, chunked"
