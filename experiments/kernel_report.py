@@ -5,7 +5,7 @@ from pathlib import Path
 
 import matplotlib
 
-from experiments.kernel_programs import PASSES, Shape
+from experiments.kernel_programs import DECODE_STEPS, PASSES, Shape
 from mamba3_jax.command import fail
 
 matplotlib.use("Agg")
@@ -135,7 +135,8 @@ def _decode(rows: list[dict], ceilings: dict) -> list[str]:
         "## A decode step (table 6)",
         "",
         f"Milliseconds, {rows[0]['shape'].split(' n=')[0]}, tokens in {rows[0]['dtype']}, and the fraction of the copy "
-        "bandwidth; the state is overwritten. The paper's are of an H100 and its table's bfloat16.",
+        f"bandwidth; the state is overwritten, and {DECODE_STEPS} steps on different tokens are one program. The paper's "
+        "are of an H100 and its table's bfloat16.",
         "",
         "| |" + "".join(f" {dtype} state, n={n} |" for n, dtype in places) + "".join(f" paper, n={n} |" for n in sizes),
         "|" + " --- |" * (1 + len(places) + len(sizes)),
@@ -209,7 +210,8 @@ def _peers(rows: list[dict], peers: list[dict]) -> list[str]:
         "## Beside other packages",
         "",
         "Milliseconds on the same device, each package timed by its own process; in brackets how many times the "
-        "time of our fastest implementation it takes.",
+        "time of our fastest implementation it takes. Memory is the compiler's count for ours and packages in JAX, and "
+        "what PyTorch had allocated at most for the others.",
         "",
         "| | shape | |" + "".join(f" {name} |" for name in ("ours", *names)),
         "|" + " --- |" * (4 + len(names)),
@@ -218,14 +220,23 @@ def _peers(rows: list[dict], peers: list[dict]) -> list[str]:
         ours = [row for row in rows if key(row) == place and "ms" in row]
         fastest = min(ours, key=lambda row: row["ms"], default=None)
         model, shape, what, _, state = place
-        what = WHAT[what] + (f", {state} state" if what == "decode" else "")
-        best = f"{fastest['ms']:.3g} ({IMPLEMENTATIONS[fastest['implementation']]})" if fastest else "-"
-        cells = [MODELS[model], shape, what, best]
+        label = WHAT[what] + (f", {state} state" if what == "decode" else "")
+        best = "-"
+        if fastest:
+            best = f"{fastest['ms']:.3g} ({IMPLEMENTATIONS[fastest['implementation']]})"
+            best += f", {fastest['peak_bytes'] / 1e9:.2f} GB" if what != "decode" else ""
+        cells = [MODELS[model], shape, label, best]
         for name in names:
-            found = [peer["ms"] for peer in peers if peer["peer"] == name and key(peer) == place and "ms" in peer]
-            cells += [f"{ms:.3g}" + (f" ({ms / fastest['ms']:.2f}x)" if fastest else "") for ms in found[-1:]] or ["-"]
+            found = [peer for peer in peers if peer["peer"] == name and key(peer) == place and "ms" in peer]
+            cells += [_peer_figures(peer, fastest) for peer in found[-1:]] or ["-"]
         lines.append(_line(cells))
     return lines
+
+
+def _peer_figures(peer: dict, fastest: dict | None) -> str:
+    times = f" ({peer['ms'] / fastest['ms']:.2f}x)" if fastest else ""
+    memory = f", {peer['peak_mib'] * 2**20 / 1e9:.2f} GB" if peer.get("peak_mib") else ""
+    return f"{peer['ms']:.3g}{times}{memory}"
 
 
 def _lengths(rows: list[dict], shape: str) -> list[str]:

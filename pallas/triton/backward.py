@@ -257,16 +257,17 @@ def _projection_kernel(
         one = at_head(ops, head), _at_head(given, head), _at_head(out, head)
         return jax.tree.map(jnp.add, sums, _projection_gradients(*one, chunk, tiling, slab))
 
-    def zeros(width):
-        return jnp.zeros((tiling.rows, width), jnp.float32)
+    def zeros(*shape):
+        return jnp.zeros(shape, jnp.float32)
 
-    sums = zeros(slab.width), zeros(slab.width), None if slab.pair is None else zeros(slab.width // 2)
+    sums = (zeros(tiling.rows, slab.width),) * 2
+    sums += (None if slab.pair is None else zeros(tiling.c, slab.width // 2),)
     dB, dC, domega = over_heads(heads, chunk_ref, body, sums)
     chunk = chunk_ref[...]
     rows = pl.ds(chunk * tiling.rows, tiling.rows)
     out.B[rows], out.C[rows] = dB, dC
     if domega is not None:
-        out.omega[pl.ds(chunk * tiling.c, tiling.c)] = tiling.per_token(domega)
+        out.omega[pl.ds(chunk * tiling.c, tiling.c)] = domega
 
 
 def _projection_gradients(ops: Operands, given: Given, out: ProjectionGradients, chunk, tiling: Tiling, slab):
@@ -290,12 +291,12 @@ def _projection_gradients(ops: Operands, given: Given, out: ProjectionGradients,
     if turn is None:
         return dB, dC, None
 
-    dtheta = turned + also_turned
+    tokens = pl.ds(t0, tiling.c)
+    dtheta = tiling.per_token(turned + also_turned)
     # The reverse cumulative sum, of which Triton has the forward one only.
-    received = tiling.once_per_token(jnp.sum(dtheta, axis=0)[None, :] - jnp.cumsum(dtheta, axis=0) + dtheta)
-    omega = tiling.of_token(ops.omega, t0, slab.pairs)
-    out.clock[pl.ds(t0, tiling.c)] = tiling.per_token(jnp.sum(received * omega, axis=1))
-    return dB, dC, received * tiling.of_token(ops.clock, t0)[:, None]
+    received = jnp.sum(dtheta, axis=0)[None, :] - jnp.cumsum(dtheta, axis=0) + dtheta
+    out.clock[tokens] = jnp.sum(received * ops.omega[tokens, slab.pairs], axis=1)
+    return dB, dC, received * ops.clock[tokens][:, None]
 
 
 def _turn_back(tiling: Tiling, ref, bias_ref, du, turn, chunk, slab):

@@ -13,6 +13,9 @@ forward 0.93, forward + backward 4.02). The kernels alone, without what api.py p
                  angles not wrapped, silu by tanh: an eighth fewer instructions, a twentieth less time. With what turns
                  receive from later chunks read off the states (by XLA, not in these times) the gradients of dt and
                  omega are off by 0.004 and 0.005 at t=1024, before by up to 0.02 and 0.06
+    0.69   3.2   scores of a chunk made once, by the kernel of the gates' gradients, and read by the others as P and
+                 M; states of the forward pass kept; dq and dk together, 32 turning channels at a time: no spills
+                 (sums of kernels' times by the profiler; the row before, so measured on the same GPU: 0.69 and 3.8)
 
     Of the outputs' 0.51 ms reading and writing alone take 0.26 (a kernel that does nothing else). Left out one at a
     time: turns 0.47, the state's share 0.42, decays 0.45, gate 0.46, the cumulative sum of angles 0.54. So half of it
@@ -23,6 +26,19 @@ forward 0.93, forward + backward 4.02). The kernels alone, without what api.py p
     all slabs in one kernel of dq and one of dk: 1300 instructions fewer, 1.53 to 1.58 against 1.53
     values' gradients with dx first, dz last: half of the spills, 1.01 against 0.89: what is loaded late is waited for
     registers capped at 168 again (three programs per multiprocessor): outputs 0.51, all others slower by 33 to 80%
+
+    since P and M, by kernel: outputs 0.48, states 0.21, adjoints 0.23, gradients of outputs 0.81, of values 0.47, of
+    projections 0.34 and 0.34 (turning), 0.29; what XLA adds 0.37. Bytes alone would take 1.5 of the gradients' 2.5.
+    values' gradients with the gates' (P read once, 17 spills): 0.84 against 0.47 + 0.44 apart; with those of the
+    projections that do not turn: 0.97 against 0.47 + 0.29
+    gates' gradients apart from the scores: 0.45 + 0.44 and g by the adjoints (+ 0.04) against 0.81
+    the same in a loop over heads, loads fetched ahead: 1.08 (8 spills); values' gradients without the loop: 0.47
+    dq and dk together of 64 turning channels: 1.01 (100 spills), apart 0.67, together of 32 twice 0.66
+    loads of three heads under way: 0.66 instead of 0.67 for dq and dk apart, with dq and dk together spills
+    MIMO: rotations made once a token and handed to its ranks, x and z loaded once a token: a tenth fewer instructions
+    and more barriers, 4.33 against 3.93 (outputs' gradients), 2.14 against 1.98 (outputs), 2.77 against 2.50 (values')
+    MIMO, gradients of projections: turning 3.3 (64 channels, 100 spills), 4.3 (32 twice), dq and dk apart 3.6
+    MIMO, tiles of 128 rows by 8 warps: 25.6 against 20.1; 8 warps with 64 rows: 32.5
 
     chunk 128, 8 warps, forward: 0.34 + 0.76 (states + outputs) against 0.25 + 0.52 with 64, 4 warps
     chunk 32, 4 warps, forward: 0.38 + 0.68 (states + outputs), because states are written twice as often
@@ -35,13 +51,14 @@ forward 0.93, forward + backward 4.02). The kernels alone, without what api.py p
     b=1 t=65536, 1 / 4 / 8 segments: forward 4.8 / 3.6 / 3.6, forward + backward 21.4 / 18.1 / 18.2
 
 By the compiler (shared memory of the largest kernel): SISO bfloat16 83 kB, float32 55 kB, so that 99 kB of a consumer
-GPU hold them; MIMO r=4 bfloat16 with loads fetched ahead 206 kB, without 35 kB. MIMO r=4, rows 64, forward and
-forward + backward: 3.8 and 32.4 with, 3.2 and 21.6 without (official TileLang kernels: 2.0 and 16.9).
+GPU hold them; MIMO r=4 bfloat16 with loads fetched ahead 206 kB, without 35 kB. MIMO r=4, forward and forward +
+backward: 3.2 and 17.5 (before P and M 21.4; with loads fetched ahead 3.8 and 32.4).
 
-Next: neither bandwidth (the gradients of values take twice their bytes' time) nor the schedulers (36% of what they
-could issue) bind by themselves: loads and arithmetic of so few programs do not overlap. Triton fetches ahead in loops
-only, where the pointers of all tiles spill. Hopper's bulk copies need no such pointers; Mosaic GPU has them. MIMO's
-chunks of 16 tokens keep four times SISO's states (1.1 GB): tiles of 128 rows would halve that.
+Next: the gradients move 0.27 MB a tile of 64 tokens, a third of it states: the sums over heads of the slabs that turn
+keep their kernels from being one (registers), and the outputs' gradients run at a third of what the schedulers could
+issue, two programs to a multiprocessor. Hopper's bulk copies need no registers for what is under way; Mosaic GPU has
+them. P, M and g cost 0.4 GB: a batch taken in parts would halve them and the states. MIMO's chunks of 16 tokens keep
+four times SISO's states (1.1 GB).
 """
 
 import dataclasses
