@@ -209,7 +209,8 @@ def _decode(cell: Cell, tokens: list[dict], state: SSMState):
     """The outputs of steps on one token after the other, and the state."""
     outputs = []
     for token in tokens:
-        y, state = _step(cell.model, cell.implementation, token, state)
+        # A token is made from the last output: XLA must not see the next step's and keep the state in registers.
+        y, state = jax.lax.optimization_barrier(_step(cell.model, cell.implementation, token, state))
         outputs.append(y)
     return outputs, state
 

@@ -135,8 +135,8 @@ def _decode(rows: list[dict], ceilings: dict) -> list[str]:
         "## A decode step (table 6)",
         "",
         f"Milliseconds, {rows[0]['shape'].split(' n=')[0]}, tokens in {rows[0]['dtype']}, and the fraction of the copy "
-        f"bandwidth; the state is overwritten, and {DECODE_STEPS} steps on different tokens are one program. The paper's "
-        "are of an H100 and its table's bfloat16.",
+        f"bandwidth; the state is overwritten, and {DECODE_STEPS} steps on different tokens are one program. The "
+        "paper's are of an H100 and its table's bfloat16.",
         "",
         "| |" + "".join(f" {dtype} state, n={n} |" for n, dtype in places) + "".join(f" paper, n={n} |" for n in sizes),
         "|" + " --- |" * (1 + len(places) + len(sizes)),

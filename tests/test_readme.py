@@ -116,6 +116,34 @@ def test_decode_times_are_the_committed_ones():
         assert rows[name] == [found[f"mamba3-{name.lower()}-1.5b", b, "1", dtype] for b, dtype in batches]
 
 
+def test_times_of_the_gpu_kernels_are_the_committed_ones():
+    summary = json.loads(_committed("results/kernel_latency/summary.json"))
+    figures = {}
+    for row in summary["rows"] + summary["peers"]:
+        if "ms" in row:
+            memory = row.get("peak_bytes") or 2**20 * row.get("peak_mib", 0)
+            shown = f"; {memory / 1e9:.2f}" if memory and row["what"] != "decode" else ""
+            state = row.get("state_dtype") if row["what"] == "decode" else None
+            place = row["what"], row["model"], row["shape"], state
+            figures.setdefault(place, {})[row.get("implementation") or row["peer"]] = f"{row['ms']:.3g}{shown}"
+    columns = ("triton",), ("chunked",), ("mamba_ssm (Triton)", "mamba_ssm (TileLang)"), ("jax-linear-attention 0.1.0",)
+    whats = {"forward": "forward", "forward + backward": "forward_backward", "decode step": "decode"}
+    found = 0
+    for name, *cells in _tables(README.split("| ms; memory, GB |")[1].split("\n\n")[0]):
+        what, *options = name.split(", ")
+        if what not in whats:
+            continue
+        sizes = dict(b=8, t=2048, h=64, p=64, n=128, g=1) | (dict(b=128, t=1) if what == "decode step" else {})
+        sizes |= dict(size.split("=") for option in options for size in option.split() if size[:2] in ("b=", "t=", "n="))
+        state = next((option.split()[0] for option in options if option.endswith(" state")), None)
+        model = "mimo" if "MIMO r=4" in options else "siso"
+        place = whats[what], model, " ".join(f"{letter}={size}" for letter, size in sizes.items()), state
+        ours = [next((figures[place][by] for by in of if by in figures[place]), "-") for of in columns]
+        assert cells == ours, name
+        found += 1
+    assert found == 9
+
+
 def test_rates_and_seconds_of_generation_are_the_committed_ones():
     """Of a row's steps, of a prompt to three digits, and of table 7."""
     rows = json.loads(_committed("results/generation_latency/summary.json"))["rows"]
