@@ -6,7 +6,7 @@ One row per cell (what, model, implementation, shape): forward, forward + backwa
 step as in table 6 of arXiv:2603.15569, prefill and prefill + decode as in its table 7, of Mamba-3 (SISO and MIMO) with
 every implementation of this backend, Mamba-2's operator in XLA, and causal attention over arrays of the same width h p.
 Times are medians over batches of calls that are enqueued together and waited for once, on random inputs, after calls
-that do not count. GB/s are of the fewest bytes and TFLOP/s of the fewest operations that the mathematics needs
+that do not count; decode steps are timed several to a program, since one takes as long as a call. GB/s are of the fewest bytes and TFLOP/s of the fewest operations that the mathematics needs
 (`fewest_bytes`, `flops`), so that an implementation that moves or computes more is seen to be slower, not busier.
 
 Rows go to metrics.jsonl as they are measured. Those of the same device, jax, XLA_FLAGS, settings and code (the files of

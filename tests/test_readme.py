@@ -134,7 +134,7 @@ def test_times_of_the_gpu_kernels_are_the_committed_ones():
         if what not in whats:
             continue
         sizes = dict(b=8, t=2048, h=64, p=64, n=128, g=1) | (dict(b=128, t=1) if what == "decode step" else {})
-        sizes |= dict(size.split("=") for option in options for size in option.split() if size[1:2] == "=" and size[0] != "r")
+        sizes |= dict(re.findall(r"\b([btn])=(\d+)", name))
         state = next((option.split()[0] for option in options if option.endswith(" state")), None)
         model = "mimo" if "MIMO r=4" in options else "siso"
         place = whats[what], model, " ".join(f"{letter}={size}" for letter, size in sizes.items()), state
