@@ -75,7 +75,7 @@ class Config:
     @property
     def settings(self) -> dict:
         """What a row depends on beside its cell."""
-        return dict(batch_ms=self.timing.batch_ms, repeats=self.timing.repeats)
+        return {name: self.timing.settings[name] for name in ("batch_ms", "repeats", "decode_steps")}
 
 
 SMOKE = dict(shape="b=1 t=32 h=2 p=16 n=32", mimo_rank=2, decode_batch=2, state_dtypes=("float32",))

@@ -6,14 +6,16 @@ One row per cell (what, model, implementation, shape): forward, forward + backwa
 step as in table 6 of arXiv:2603.15569, prefill and prefill + decode as in its table 7, of Mamba-3 (SISO and MIMO) with
 every implementation of this backend, Mamba-2's operator in XLA, and causal attention over arrays of the same width h p.
 Times are medians over batches of calls that are enqueued together and waited for once, on random inputs, after calls
-that do not count; decode steps are timed several to a program, since one takes as long as a call. GB/s are of the fewest bytes and TFLOP/s of the fewest operations that the mathematics needs
-(`fewest_bytes`, `flops`), so that an implementation that moves or computes more is seen to be slower, not busier.
+that do not count; decode steps are timed several to a program, since one takes as long as a call. GB/s are of the
+fewest bytes and TFLOP/s of the fewest operations that the mathematics needs (`fewest_bytes`, `flops`), so that an
+implementation that moves or computes more is seen to be slower, not busier.
 
 Rows go to metrics.jsonl as they are measured. Those of the same device, jax, XLA_FLAGS, settings and code (the files of
 mamba3_jax/ops and pallas) are not measured again, so that a run can be cut into slices with --only; those of other code
 stay in the report, which says so, until they are. --measure false writes the report of the newest rows as they are.
 FILE has JSON lines of other packages, timed by their own processes on the same device: peer, model, what, shape, dtype
-and ms, or a reason instead of ms. A results directory holds metrics.jsonl, summary.json, latency.png and report.md.
+and ms, or a reason instead of ms; `how` may say how it was timed. A results directory holds metrics.jsonl,
+summary.json, latency.png and report.md.
 """
 
 import concurrent.futures
@@ -259,7 +261,9 @@ def main(argv: list[str]) -> int:
         same = measured.newest_identity(stored, folder)
         rows = measured.comparable(stored, same)
     shapes = [str(Shape.parse(text)) for text in config.shapes]
-    summary = dict(command=command.line, **same, shapes=shapes, rows=list(rows.values()), peers=peers)
+    backend = same["device"].rpartition("(")[2].rstrip(")")
+    left = [cell.name for cell in cells(config, backend) if cell.name not in rows]
+    summary = dict(command=command.line, **same, shapes=shapes, rows=list(rows.values()), peers=peers, left=left)
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     (folder / "report.md").write_text(kernel_report.render(summary))
     kernel_report.plot(folder / "latency.png", summary)

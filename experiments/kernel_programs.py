@@ -209,8 +209,10 @@ def _decode(cell: Cell, tokens: list[dict], state: SSMState):
     """The outputs of steps on one token after the other, and the state."""
     outputs = []
     for token in tokens:
-        # A token is made from the last output: XLA must not see the next step's and keep the state in registers.
-        y, state = jax.lax.optimization_barrier(_step(cell.model, cell.implementation, token, state))
+        # Where tokens are generated the next one is not there before the step: XLA must neither prepare it earlier nor
+        # carry the state from step to step in registers.
+        token, state = jax.lax.optimization_barrier((token, state))
+        y, state = _step(cell.model, cell.implementation, token, state)
         outputs.append(y)
     return outputs, state
 

@@ -83,6 +83,7 @@ def render(summary: dict) -> str:
     lines += _lengths(rows, summary["shapes"][0])
     reasons = [f"- {row['name']}: {row['reason']}" for row in rows if "reason" in row]
     reasons += [f"- {_peer_name(row)}: {row['reason']}" for row in summary["peers"] or () if "reason" in row]
+    reasons += [f"- {name}: not run" for name in summary["left"]]
     if reasons:
         lines += ["## Not measured", "", *reasons, ""]
     return "\n".join(lines)
@@ -230,7 +231,8 @@ def _peers(rows: list[dict], peers: list[dict]) -> list[str]:
             found = [peer for peer in peers if peer["peer"] == name and key(peer) == place and "ms" in peer]
             cells += [_peer_figures(peer, fastest) for peer in found[-1:]] or ["-"]
         lines.append(_line(cells))
-    return lines
+    how = dict.fromkeys(f"- {peer['peer']}: {peer['how']}" for peer in peers if "how" in peer)
+    return lines + (["", *how] if how else [])
 
 
 def _peer_figures(peer: dict, fastest: dict | None) -> str:

@@ -125,7 +125,9 @@ def test_times_of_the_gpu_kernels_are_the_committed_ones():
             shown = f"; {memory / 1e9:.2f}" if memory and row["what"] != "decode" else ""
             state = row.get("state_dtype") if row["what"] == "decode" else None
             place = row["what"], row["model"], row["shape"], state
-            figures.setdefault(place, {})[row.get("implementation") or row["peer"]] = f"{row['ms']:.3g}{shown}"
+            by = row.get("implementation") or row["peer"]
+            assert by not in figures.setdefault(place, {}), (by, place)
+            figures[place][by] = f"{row['ms']:.3g}{shown}"
     columns = ("triton",), ("chunked",), ("mamba_ssm (Triton)", "mamba_ssm (TileLang)"), ("jax-linear-attention 0.1.0",)
     whats = {"forward": "forward", "forward + backward": "forward_backward", "decode step": "decode"}
     found = 0

@@ -1,14 +1,16 @@
 """The backward pass, from the inputs and the state h that every chunk starts from.
 
     adjoints      dS <- through dS + sum_i entry_i q_i g_i^T, from chunk to chunk in reverse     (as forward's states)
-    outputs       every chunk by itself: g, P and M for the kernels below, dz, and what the decays receive of scores
-    values        every chunk by itself: dx
-    projections   every chunk and slab of the state by itself: dB, dC and what the angles receive
+    outputs       every chunk by itself: g, P and M for the kernels below; dz, dD, dentry, dcs, dscale, dgamma
+    values        every chunk by itself: dx, dexit, dthrough
+    projections   every chunk and slab of the state by itself: dB, dC, their biases', and what the angles receive
 
 Apart, because what does not fit the registers costs more than what is made twice; but the scores of a chunk are made
 once, for a matrix read is cheaper than its exponentials. With g = dy silu(z), X = g v^T, Y = q k^T, dS the adjoint of
-the state at a chunk's end, E_ij = exp(cs_i - cs_j) for i later than j, W as in tiles.py, M = W X and P = W Y + D:
+the state at a chunk's end, E_ij = exp(cs_i - cs_j) for i later than j, W as in tiles.py, M = W X, and P = W Y with D
+added on its diagonal:
 
+    o  = P v + entry q h          dz = dy o silu'(z)              dD = sum_i X_ii
     dq = M k + entry g h^T        dk = M^T q + exit v dS^T        dv = P^T g + exit k dS
     dentry_i = g_i.(q_i h)        dexit_j = v_j.(k_j dS)          dthrough = <dS, h>
     dscale_j = sum_i (E X Y)_ij   dgamma_i = (X Y)_ii             dcs_j = sum_i (E X Y scale)_ji - scale_j dscale_j
@@ -47,7 +49,7 @@ def _adjoint_kernel(
         chunk = last - i
         t0 = chunk * tiling.c
         C = tiles.load_slabs(tiling, ops.C, t0)
-        g = _output_gradient(tiling, ops, dy_ref, t0)
+        g = _gated_gradient(tiling, ops, dy_ref, t0)
         if exits_ref is not None:
             for slab, u in zip(slabs, dS):
                 exits_ref[chunk, slab.channels] = u.astype(exits_ref.dtype)
@@ -135,7 +137,7 @@ def _output_gradients(ops: Operands, given: Given, out: OutputGradients, chunk, 
     q = tiles.project(tiling, C, ops.C_bias, turns, dtype)
     k = tiles.project(tiling, B, ops.B_bias, turns, dtype)
     v = values(tiling, ops, t0)
-    g = _output_gradient(tiling, ops, given.dy, t0).astype(dtype)
+    g = _gated_gradient(tiling, ops, given.dy, t0).astype(dtype)
     X = tiling.dot(g, v, (1, 1))
     Y = sum(tiling.dot(q_, k_, (1, 1)) for q_, k_ in zip(q, k))
     later = tiles.later(tiling, ops, t0)
@@ -225,7 +227,7 @@ def _of_rows(tiling: Tiling, ref, chunk, *rest):
     return ref[(pl.ds(chunk * tiling.rows, tiling.rows), *rest)]
 
 
-def _output_gradient(tiling: Tiling, ops: Operands, dy_ref, t0):
+def _gated_gradient(tiling: Tiling, ops: Operands, dy_ref, t0):
     """g, (rows, p) in float32."""
     g = _of_ranks(tiling, ops, dy_ref, t0)
     if ops.z is None:
@@ -378,7 +380,6 @@ class _Grid(NamedTuple):
         """(b, t or t r, h, p), as an output in the array's dtype."""
         if array is None:
             return None
-        _, rows, _, p = array.shape
         return jax.ShapeDtypeStruct(array.shape, array.dtype), self.sequence_spec(array)
 
     def sequence_spec(self, array):
@@ -482,7 +483,7 @@ def backward(
     how = dict(tiling=tiling, blocks=blocks)
     outputs = _call_output_gradients(ops, Given(dy=dy, entries=entries), **how)
     g = dy if outputs.g is None else outputs.g
-    values = _call_value_gradients(ops, Given(g=g, P=outputs.P, entries=entries, exits=exits), **how)
+    of_values = _call_value_gradients(ops, Given(g=g, P=outputs.P, entries=entries, exits=exits), **how)
     given = Given(g=g, M=outputs.M, entries=entries, exits=exits)
     slabs = tiles.slabs(tiling, blocks.turning_slab)
     projections = [_call_projection_gradients(ops, given, slab, **how) for slab in slabs]
@@ -493,7 +494,7 @@ def backward(
         return jnp.concatenate([jnp.sum(part, axis=over) for part in parts], axis=-1)
 
     grads = Operands(
-        x=values.x,
+        x=of_values.x,
         z=outputs.z,
         B=joined("B", 0),
         C=joined("C", 0),
@@ -502,13 +503,13 @@ def backward(
         D=None if ops.D is None else jnp.sum(outputs.D, axis=(0, 1)),
         **{
             name: None if u is None else jnp.sum(u, axis=(0, 1))
-            for name, u in dict(mimo_x=values.mimo_x, mimo_z=outputs.mimo_z, mimo_o=outputs.mimo_o).items()
+            for name, u in dict(mimo_x=of_values.mimo_x, mimo_z=outputs.mimo_z, mimo_o=outputs.mimo_o).items()
         },
         coarse=outputs.cs,
         fine=None if ops.fine is None else outputs.cs,
         entry=outputs.entry,
-        exit=values.exit,
-        through=values.through,
+        exit=of_values.exit,
+        through=of_values.through,
         scale=outputs.scale,
         gamma=outputs.gamma,
         clock=sum((u.clock for u in projections if u.clock is not None), jnp.zeros_like(ops.clock)),

@@ -38,8 +38,9 @@ forward 0.93, forward + backward 4.02). The kernels alone, without what api.py p
     MIMO: rotations made once a token and handed to its ranks, x and z loaded once a token: a tenth fewer instructions
     and more barriers, 4.33 against 3.93 (outputs' gradients), 2.14 against 1.98 (outputs), 2.77 against 2.50 (values')
     MIMO, gradients of projections: turning 3.3 (64 channels, 100 spills), 4.3 (32 twice), dq and dk apart 3.6
-    MIMO, tiles of 128 rows by 8 warps: 25.6 against 20.1; 8 warps with 64 rows: 32.5
+    MIMO, before scores and gates were one kernel: tiles of 128 rows by 8 warps 25.6 against 20.1, of 64 rows 32.5
 
+    Of the kernels before P and M:
     chunk 128, 8 warps, forward: 0.34 + 0.76 (states + outputs) against 0.25 + 0.52 with 64, 4 warps
     chunk 32, 4 warps, forward: 0.38 + 0.68 (states + outputs), because states are written twice as often
     8 warps, chunk 64: 0.43 + 1.07: two warp groups then compute the same product
@@ -50,9 +51,9 @@ forward 0.93, forward + backward 4.02). The kernels alone, without what api.py p
     float32, b=2, rows 16 / 32 / 32 with 8 warps: forward 0.93 / 1.06 / 1.21, forward + backward 5.2 / 5.9 / 19.6
     b=1 t=65536, 1 / 4 / 8 segments: forward 4.8 / 3.6 / 3.6, forward + backward 21.4 / 18.1 / 18.2
 
-By the compiler (shared memory of the largest kernel): SISO bfloat16 83 kB, float32 55 kB, so that 99 kB of a consumer
-GPU hold them; MIMO r=4 bfloat16 with loads fetched ahead 206 kB, without 35 kB. MIMO r=4, forward and forward +
-backward: 3.2 and 17.5 (before P and M 21.4; with loads fetched ahead 3.8 and 32.4).
+By the compiler (shared memory of the largest kernel, before P and M): SISO bfloat16 83 kB, float32 55 kB, so that 99
+kB of a consumer GPU hold them; MIMO r=4 bfloat16 with loads fetched ahead 206 kB, without 35 kB. MIMO r=4, forward and
+forward + backward with what XLA adds: 3.3 and 17.1 (before P and M 3.2 and 21.4; with loads fetched ahead 3.8, 32.4).
 
 Next: the gradients move 0.27 MB a tile of 64 tokens, a third of it states: the sums over heads of the slabs that turn
 keep their kernels from being one (registers), and the outputs' gradients run at a third of what the schedulers could
@@ -93,7 +94,7 @@ def default_block_sizes(r: int, dtype, compute_capability: str) -> BlockSizes:
     """For rank r, the dtype of x and a GPU such as "9.0" (H100); see the table above."""
     # Four warps are one warp group, whose matrix product takes 64 rows; float32 tiles are twice as wide in registers.
     rows = 64 if jnp.dtype(dtype).itemsize == 2 else 16
-    # Where loads are fetched ahead, the gradients of 64 turning channels of B and C spill.
+    # Gradients of 64 turning channels of B and C spill; where no loads are fetched ahead that costs less than twice 32.
     serial_stages, stages, turning_slab = (3, 2, 32) if r == 1 else (1, 1, 64)
     if float(compute_capability) >= 10:
         # Loads fetched ahead were silently wrong there in the official kernels; not tried on such a GPU by us.

@@ -220,11 +220,11 @@ def later(tiling: Tiling, ops, t0) -> jax.Array:
     return jnp.where(i > j if same is None else (i > j) & same, tiling.exp2(exponent), 0)
 
 
-def weights(tiling: Tiling, ops, t0, later: jax.Array) -> jax.Array:
+def weights(tiling: Tiling, ops, t0, E: jax.Array) -> jax.Array:
     """W from E, (rows, rows)."""
     i, j = row_and_column(tiling)
     scale, gamma = tiling.of_token(ops.scale, t0), tiling.of_token(ops.gamma, t0)
-    return jnp.where(i == j, gamma[None, :], later * scale[None, :])
+    return jnp.where(i == j, gamma[None, :], E * scale[None, :])
 
 
 def weighted(tiling: Tiling, ops, W: jax.Array, scores: jax.Array) -> jax.Array:

@@ -33,6 +33,9 @@ _Y, _STATE, _STATES = "b rows h p", "b h n p", "b h chunks n p"
 def ssm(ops: Operands, h0: jax.Array, tiling: Tiling, segments: int, blocks: BlockSizes) -> tuple[jax.Array, jax.Array]:
     """y and the last state from h0 (b, h, n, p), both states in kernel order and float32. See `Operands`.
 
+    Kept for the backward pass are the operands and the state that every chunk starts from, n / c times as large as x:
+    made again they would take 0.21 ms of 3.6 at block_sizes.py's shape.
+
     Inside a `shard_map` of the caller's it computes what it is given; `check_vma` must be False there, as for every
     Pallas kernel that does not say how its outputs vary.
     """
