@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import json
 
 import jax
@@ -12,7 +13,7 @@ import pytest
 from experiments import kernel_latency, kernel_programs, measured
 from experiments.kernel_latency import SMOKE, Config
 from experiments.kernel_programs import Cell, Shape, arrays, cells, counts, flops
-from mamba3_jax.ops import ssm
+from mamba3_jax.ops import ssm, ssm_step
 
 TINY = Config(**SMOKE)
 S1 = Shape.parse("b=8 t=2048 h=64")
@@ -153,6 +154,24 @@ def test_what_cannot_be_measured_is_said_and_what_failed_is_tried_again(tmp_path
     assert stored(tmp_path)[-1]["reason"] == "failed: ZeroDivisionError: division by zero"
     assert run(tmp_path, "--only=decode,mamba2,*") == 0
     assert stored(tmp_path)[-1]["ms"] > 0
+
+
+def test_decode_steps_of_a_program_follow_one_another_and_its_time_is_that_of_one(monkeypatch):
+    cell = Cell("decode", "siso", "recurrent", Shape(2, 1, 2, 8, 8), "float32")
+    function, arguments, _, times = kernel_programs.program(cell, Config())
+    tokens, state = arguments()
+    outputs, final = function(tokens, state)
+    for token, y in zip(tokens, outputs, strict=True):
+        expected, state = ssm_step(**token, state=state)
+        np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-6)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), final, state)
+    assert times == len(tokens) > 1
+
+    clock = itertools.count(step=0.001)
+    monkeypatch.setattr(kernel_latency.time, "perf_counter", lambda: next(clock))
+    single = kernel_latency.Prepared(cell._replace(what="forward"), lambda: 0, tuple, 0, times=1)
+    ms, calls = kernel_latency._time(single, Config())
+    assert kernel_latency._time(single._replace(times=4), Config()) == (ms / 4, calls)
 
 
 def test_rows_of_other_code_or_settings_are_measured_again(tmp_path):
