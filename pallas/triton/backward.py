@@ -72,7 +72,7 @@ def _of_ranks(tiling: Tiling, ops: Operands, dy_ref, t0):
 
 
 class Given(NamedTuple):
-    """What a kernel of the gradients is given of other kernels' results, None what it does not need; m chunks."""
+    """What a kernel of the gradients is given beside the operands, None what it does not need; m chunks."""
 
     dy: jax.Array | None = None
     g: jax.Array | None = None  # (b, t r, h, p) in the dtype of x, like the next four
@@ -140,13 +140,13 @@ def _output_gradients(ops: Operands, given: Given, out: OutputGradients, chunk, 
     g = _gated_gradient(tiling, ops, given.dy, t0).astype(dtype)
     X = tiling.dot(g, v, (1, 1))
     Y = sum(tiling.dot(q_, k_, (1, 1)) for q_, k_ in zip(q, k))
-    later = tiles.later(tiling, ops, t0)
-    W = tiles.weights(tiling, ops, t0, later)
+    E = tiles.later(tiling, ops, t0)
+    W = tiles.weights(tiling, ops, t0, E)
     P = tiles.weighted(tiling, ops, W, Y).astype(dtype)
     out.P[...] = P
     out.M[...] = (W * X).astype(dtype)
     XY = X * Y
-    EXY = later * XY
+    EXY = E * XY
     dscale = tiling.per_token(jnp.sum(EXY, axis=0))
     received = tiling.per_token(jnp.sum(EXY * tiling.of_token(ops.scale, t0)[None, :], axis=1))
     out.scale[tokens] = dscale

@@ -15,7 +15,7 @@ forward 0.93, forward + backward 4.02). The kernels alone, without what api.py p
                  omega are off by 0.004 and 0.005 at t=1024, before by up to 0.02 and 0.06
     0.69   3.2   scores of a chunk made once, by the kernel of the gates' gradients, and read by the others as P and
                  M; states of the forward pass kept; dq and dk together, 32 turning channels at a time: no spills
-                 (sums of kernels' times by the profiler; the row before, so measured on the same GPU: 0.69 and 3.8)
+                 (sums of kernels' times by the profiler; the row before, so measured: 0.69 and 3.8)
 
     Of the outputs' 0.51 ms reading and writing alone take 0.26 (a kernel that does nothing else). Left out one at a
     time: turns 0.47, the state's share 0.42, decays 0.45, gate 0.46, the cumulative sum of angles 0.54. So half of it

@@ -114,12 +114,12 @@ def test_values_states_and_gradients_are_those_of_the_recurrence(variant):
 
 @pytest.mark.parametrize(
     "kwargs",
-    [dict(g=2, h=4, packed=True), dict(r=2, mimo=True, gate=False, reduce=False)],
+    [dict(g=2, h=4, packed=True), dict(r=2, mimo=True, gate=False, reduce=False, b=1)],
     ids=["siso", "mimo, no gate, ranks kept"],
 )
 def test_slabs_and_programs_of_the_gradients_add_up(kwargs):
     """Two slabs of turning channels, and every head in a program of its own."""
-    args = arguments(s=16, b=1, **kwargs) if "packed" not in kwargs else arguments(s=16, **kwargs)
+    args = arguments(s=16, **kwargs)
     state = random_state(args)
     with interpreted(rows=16, turning_slab=16, heads=1):
         *_, gradients = values_and_gradients(args, state, implementation="triton")
