@@ -100,7 +100,7 @@ def cuts(config: Config) -> Iterator[Cut]:
     step = shape._replace(b=config.decode_batch, t=1)
     for form, r in (("siso", 1), ("mimo", config.mimo_rank)):
         capability = getattr(jax.local_devices()[0], "compute_capability", "9.0")
-        default = block_sizes.default_block_sizes(r, config.dtype, capability)
+        default = block_sizes.default_block_sizes(r, shape.p, shape.n, config.dtype, capability)
         for blocks, what in itertools.product(_around(default, SEQUENCES), PASSES):
             if blocks.rows % r == 0:
                 yield Cut(Cell(what, form, "triton", shape, config.dtype, r), _changed(blocks, default), blocks)

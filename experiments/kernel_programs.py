@@ -189,6 +189,8 @@ def _step(model: str, implementation: str, a: dict, state: SSMState):
 def forward_backward(model: str, implementation: str, a: dict, dy: jax.Array):
     """y, and the gradient of sum(y dy) with respect to every array of `a`."""
     y, pull = jax.vjp(lambda a: apply(model, implementation, a)[0], a)
+    # In a model dy comes of y: XLA must not begin the backward pass, nor take its memory, before there is y.
+    y, dy = jax.lax.optimization_barrier((y, dy))
     return y, pull(dy)[0]
 
 

@@ -4,7 +4,8 @@
 
 Mamba-3, its rotation replaced or left out, Mamba-2 and Gated DeltaNet, on parity and on arithmetic modulo 5 without and
 with brackets. Each cell is a sweep over learning rates; of all widths and rates the best by validation is tested.
-Two more columns, which the paper has not, ask for the running value at every digit, the last one of heads of 16.
+Three more columns, which the paper has not: brackets with heads of 16, and with either width of heads where the running
+value is asked for at every digit.
 """
 
 import matplotlib
@@ -48,6 +49,7 @@ TASK_NAMES = {
     "parity": "parity",
     "modular_arithmetic": "mod 5, no brackets",
     "modular_arithmetic_brackets": "mod 5, brackets",
+    "modular_arithmetic_brackets,head_dim=16": "mod 5, brackets, heads of 16",
     "modular_arithmetic_brackets,every": "mod 5, brackets, asked at every digit",
     "modular_arithmetic_brackets,every,head_dim=16": "mod 5, brackets, asked at every digit, heads of 16",
 }

@@ -48,14 +48,16 @@ def test_table_5b_is_the_committed_one():
     """Row by row the paper's three columns; the other columns and how many cells were run in words."""
     text = " ".join(README.split())
     report = _tables(_committed("results/table_5b/report.md"))
-    committed = {cells[0]: cells[1:] for cells in report if len(cells) == 6 and cells[1].endswith(")")}
+    committed = {cells[0]: cells[1:] for cells in report if len(cells) == 7 and cells[1].endswith(")")}
     ours = {cells[0]: cells[1:] for cells in _tables(README) if cells[0] in committed and cells[1].endswith(")")}
     assert ours == {name: cells[:3] for name, cells in committed.items()}
-    every, heads_of_16 = committed["Mamba-3"][3:]
-    assert f"every digit, Mamba-3 gets to {every} with brackets; with heads of 16" in text
-    assert f"as well, to {heads_of_16}. " in text
+    narrow, every, both = committed["Mamba-3"][3:]
+    name = "results/table_5b/mamba3,modular_arithmetic_brackets,{}d=64/summary.json"
+    at_160 = [json.loads(_committed(name.format(own)))["test"]["160"]["scaled"] for own in ("head_dim=16,", "")]
+    assert "{:.2f} at 160 tokens (heads of 64: {:.2f}), ".format(*at_160) + f"{narrow} at 256. " in text
+    assert f"every digit, it gets to {every}; with heads of 16 as well, to {both}. " in text
     done = int(re.search(r"(\d+) cells, in", _committed("results/table_5b/report.md"))[1])
-    beyond = sum("asked at every digit" in cells[1] for cells in report if len(cells) > 6)
+    beyond = sum("brackets, " in cells[1] for cells in report if len(cells) > 7)
     assert f"'s 30 cells {done - beyond} have been run to their end" in text
 
 

@@ -75,7 +75,7 @@ def triton(
     s = inputs.omega.shape[-1]
     if blocks is None:
         capability = getattr(jax.local_devices()[0], "compute_capability", "9.0")
-        blocks = default_block_sizes(r, inputs.x.dtype, capability)
+        blocks = default_block_sizes(r, p, n, inputs.x.dtype, capability)
     c = blocks.rows // r
     chunks = -(-t // c)
     segments = segments or _segments(b * h, chunks, blocks)

@@ -1,5 +1,6 @@
-"""The backward pass, from the inputs and the state h that every chunk starts from.
+"""The backward pass, from the inputs alone.
 
+    states        h, that every chunk starts from, as in the forward pass
     adjoints      dS <- through dS + sum_i entry_i q_i g_i^T, from chunk to chunk in reverse     (as forward's states)
     outputs       every chunk by itself: g, P and M for the kernels below; dz, dD, dentry, dcs, dscale, dgamma
     values        every chunk by itself: dx, dexit, dthrough
@@ -32,8 +33,8 @@ from jax.experimental import pallas as pl
 
 from pallas.triton import tiles
 from pallas.triton.block_sizes import BlockSizes
-from pallas.triton.forward import call_serial, gate, scan_segments, values
-from pallas.triton.operands import OfHead, Operands, at_head, at_heads, heads_per_program, over_heads, specs
+from pallas.triton.forward import call_serial, entry_states, gate, scan_segments, values
+from pallas.triton.operands import AXES, OfHead, Operands, at_head, at_heads, heads_per_program, over_heads, specs
 from pallas.triton.tiles import Tiling
 
 
@@ -98,7 +99,7 @@ def _at_head(refs, head):
     })  # fmt: skip
 
 
-def _kernel(chunk_ref, ops: Operands, given: Given, out, *, of_head, tiling: Tiling, heads: int):
+def _kernel(chunk_ref, ops: Operands, given: Given, _, out, *, of_head, tiling: Tiling, heads: int):
     """`of_head(ops, given, out, chunk, tiling)` of one chunk of one row, for `heads` heads of one group."""
 
     def body(head, chunk, _):
@@ -251,7 +252,7 @@ class ProjectionGradients(NamedTuple):
 
 
 def _projection_kernel(
-    chunk_ref, ops: Operands, given: Given, out: ProjectionGradients, *, tiling: Tiling, slab, heads: int
+    chunk_ref, ops: Operands, given: Given, _, out: ProjectionGradients, *, tiling: Tiling, slab, heads: int
 ):
     """One slab, for `heads` heads of one group."""
 
@@ -311,9 +312,11 @@ def _turn_back(tiling: Tiling, ref, bias_ref, du, turn, chunk, slab):
     return back, tiling.fma(a, db, -(b * da))
 
 
-def _exit_adjoints(ops: Operands, dy, dlast, tiling: Tiling, segments: int, blocks: BlockSizes):
-    """Adjoints of every chunk's state on exit (b, h, chunks, n, p) in the dtype of x, and that of h0 in float32."""
-    call = functools.partial(call_serial, _adjoint_kernel, "ssm_adjoints", ops, (dy,), tiling=tiling, blocks=blocks)
+def _exit_adjoints(ops: Operands, dy, dlast, first: int, tiling: Tiling, segments: int, blocks: BlockSizes):
+    """Adjoints of every chunk's state on exit (b, h, chunks, n, p) in the dtype of x, and that of h0 in float32, of the
+    rows from `first` on that dlast has."""
+    how = dict(tiling=tiling, blocks=blocks, first=first)
+    call = functools.partial(call_serial, _adjoint_kernel, "ssm_adjoints", ops, (dy,), **how)
     ends = dlast[:, :, None]
     if segments > 1:
         from_zero = jnp.zeros((*dlast.shape[:2], segments, *dlast.shape[2:]), jnp.float32)
@@ -324,9 +327,14 @@ def _exit_adjoints(ops: Operands, dy, dlast, tiling: Tiling, segments: int, bloc
 
 
 class _Grid(NamedTuple):
-    """Blocks of heads x chunks x batch, and the BlockSpecs of what lies on it."""
+    """Blocks of heads x chunks x `rows` rows of the batch from `first` on, and the BlockSpecs of what lies on it.
+
+    Of arrays with more rows those are read and written: where the array begins is a multiple of its own length.
+    """
 
     ops: Operands
+    first: int
+    rows: int
     tiling: Tiling
     blocks: BlockSizes
 
@@ -347,112 +355,119 @@ class _Grid(NamedTuple):
     def chunks(self) -> int:
         return self.ops.x.shape[1] // self.tiling.c
 
-    def at(self, index):
-        """index(block of heads, chunk, row of the batch), from the grid's axes."""
-        return at_heads(self.blocks_of_heads, index)
+    def at(self, index, length: int | None = None):
+        """index(block of heads, chunk, row), from the grid's axes, in an array of `length` rows or only the grid's."""
+        first = self.first % (length or self.rows)
+        return at_heads(self.blocks_of_heads, lambda i, c, b: index(i, c, first + b))
 
-    def call(self, kernel, name: str, given: Given, out, **static):
-        """Runs `kernel`; `out` holds (shape, BlockSpec) or None."""
-        b = self.ops.x.shape[0]
+    def call(self, kernel, name: str, given: Given, out, onto: str | None = None, earlier=None, **static):
+        """Runs `kernel`; `out` holds (shape, BlockSpec) or None.
+
+        `onto` names an output of the whole batch, of which `earlier` has the rows of the parts before, None at the
+        first.
+        """
         outs = [None if u is None else u[i] for u in out for i in (0, 1)]
+        shapes, out_specs = type(out)(*outs[0::2]), type(out)(*outs[1::2])
+        operands = jnp.arange(self.chunks, dtype=jnp.int32), self.ops, given
+        aliases = {}
+        if earlier is not None:
+            present = [field for field, shape in shapes._asdict().items() if shape is not None]
+            aliases = {len(jax.tree.leaves(operands)): present.index(onto)}
         return pl.pallas_call(
             functools.partial(kernel, tiling=self.tiling, heads=self.heads, **static),
-            grid=(self.blocks_of_heads * self.chunks, b),
+            grid=(self.blocks_of_heads * self.chunks, self.rows),
             in_specs=[
                 pl.BlockSpec((None,), self.at(lambda i, c, b: (c,))),
-                specs(self.ops, self.at(lambda i, c, b: (b, i, i // self.per_group)), self.heads),
+                specs(self.ops, self.at(lambda i, c, b: (b, i, i // self.per_group), len(self.ops.x)), self.heads),
                 Given(*map(self._given_spec, given)),
+                getattr(out_specs, onto) if aliases else None,
             ],
-            out_specs=[type(out)(*outs[1::2])],
-            out_shape=[type(out)(*outs[0::2])],
+            out_specs=[out_specs],
+            out_shape=[shapes],
+            input_output_aliases=aliases,
             compiler_params=tiles.compiler_params(self.blocks.num_warps, self.blocks.stages),
             interpret=self.tiling.interpret,
             name=name,
-        )(jnp.arange(self.chunks, dtype=jnp.int32), self.ops, given)[0]
+        )(*operands, earlier)[0]
 
     def _given_spec(self, array):
         """A sequence, or one matrix a chunk."""
         if array is None:
             return None
-        return self.sequence_spec(array) if array.ndim == 4 else self.chunk_spec(array.shape)
+        return self._sequence_spec(array) if array.ndim == 4 else self._chunk_spec(array.shape)
 
     def sequence(self, array):
         """(b, t or t r, h, p), as an output in the array's dtype."""
         if array is None:
             return None
-        return jax.ShapeDtypeStruct(array.shape, array.dtype), self.sequence_spec(array)
+        return jax.ShapeDtypeStruct(array.shape, array.dtype), self._sequence_spec(array)
 
-    def sequence_spec(self, array):
-        _, rows, _, p = array.shape
-        return pl.BlockSpec((None, rows, self.heads, p), self.at(lambda i, c, b: (b, 0, i, 0)))
+    def _sequence_spec(self, array):
+        b, rows, _, p = array.shape
+        return pl.BlockSpec((None, rows, self.heads, p), self.at(lambda i, c, b: (b, 0, i, 0), b))
 
-    def chunk_spec(self, shape):
+    def _chunk_spec(self, shape):
         """One chunk of (b, h, m, ...), a matrix of every head."""
-        return pl.BlockSpec((None, self.heads, None, *shape[3:]), self.at(lambda i, c, b: (b, i, c, 0, 0)))
+        index = self.at(lambda i, c, b: (b, i, c, 0, 0), shape[0])
+        return pl.BlockSpec((None, self.heads, None, *shape[3:]), index)
 
     def squares(self):
-        """(b, h, m, rows, rows) in the dtype of x."""
-        b, _, h, _ = self.ops.x.shape
-        shape = b, h, self.chunks, self.tiling.rows, self.tiling.rows
-        return jax.ShapeDtypeStruct(shape, self.ops.x.dtype), self.chunk_spec(shape)
+        """(rows, h, m, r c, r c) in the dtype of x."""
+        shape = self.rows, self.ops.x.shape[2], self.chunks, self.tiling.rows, self.tiling.rows
+        return jax.ShapeDtypeStruct(shape, self.ops.x.dtype), self._chunk_spec(shape)
 
     def coefficient(self, length: int | None = None):
-        """(b, h, t) or (b, h, length)."""
-        b, t, h, _ = self.ops.x.shape
+        """(rows, h, t) or (rows, h, length)."""
+        _, t, h, _ = self.ops.x.shape
         length = length or t
         spec = pl.BlockSpec((None, self.heads, length), self.at(lambda i, c, b: (b, i, 0)))
-        return jax.ShapeDtypeStruct((b, h, length), jnp.float32), spec
+        return jax.ShapeDtypeStruct((self.rows, h, length), jnp.float32), spec
 
     def per_chunk(self, operand, *shape):
-        """(b, m, h, *shape), or None without the operand."""
+        """(rows, m, h, *shape), or None without the operand."""
         if operand is None:
             return None
-        b, _, h, _ = self.ops.x.shape
         index = self.at(lambda i, c, b: (b, 0, i, *(0 for _ in shape)))
         spec = pl.BlockSpec((None, self.chunks, self.heads, *shape), index)
-        return jax.ShapeDtypeStruct((b, self.chunks, h, *shape), jnp.float32), spec
+        return jax.ShapeDtypeStruct((self.rows, self.chunks, self.ops.x.shape[2], *shape), jnp.float32), spec
 
 
-def _call_output_gradients(ops: Operands, given: Given, tiling: Tiling, blocks: BlockSizes) -> OutputGradients:
+def _call_output_gradients(grid: _Grid, given: Given, earlier) -> OutputGradients:
     # One head to a program, as in the forward pass: what is fetched ahead needs registers that this one has not.
-    grid = _Grid(ops, tiling, dataclasses.replace(blocks, heads=1))
-    b, t, h, p = ops.x.shape
+    grid = grid._replace(blocks=dataclasses.replace(grid.blocks, heads=1))
+    ops, r = grid.ops, grid.tiling.r
+    _, t, h, p = ops.x.shape
     gated = ops.z is not None or ops.mimo_o is not None
-    mimo_z, mimo_o = (grid.per_chunk(u, tiling.r, tiling.p) for u in (ops.mimo_z, ops.mimo_o))
+    mimo_z, mimo_o = (grid.per_chunk(u, r, p) for u in (ops.mimo_z, ops.mimo_o))
     out = OutputGradients(
         P=grid.squares(),
         M=grid.squares(),
-        g=grid.sequence(jax.ShapeDtypeStruct((b, t * tiling.r, h, p), ops.x.dtype)) if gated else None,
+        g=grid.sequence(jax.ShapeDtypeStruct((grid.rows, t * r, h, p), ops.x.dtype)) if gated else None,
         z=grid.sequence(ops.z),
         mimo_z=mimo_z,
         mimo_o=mimo_o,
         D=grid.per_chunk(ops.D),
         **dict.fromkeys(("entry", "cs", "scale", "gamma"), grid.coefficient()),
     )
-    return grid.call(_kernel, "ssm_output_gradients", given, out, of_head=_output_gradients)
+    return grid.call(_kernel, "ssm_output_gradients", given, out, "z", earlier, of_head=_output_gradients)
 
 
-def _call_value_gradients(ops: Operands, given: Given, tiling: Tiling, blocks: BlockSizes) -> ValueGradients:
-    grid = _Grid(ops, tiling, blocks)
-    mimo_x = grid.per_chunk(ops.mimo_x, tiling.r, tiling.p)
-    out = ValueGradients(grid.sequence(ops.x), mimo_x, grid.coefficient(), grid.coefficient(grid.chunks))
-    return grid.call(_kernel, "ssm_value_gradients", given, out, of_head=_value_gradients)
+def _call_value_gradients(grid: _Grid, given: Given, earlier) -> ValueGradients:
+    mimo_x = grid.per_chunk(grid.ops.mimo_x, grid.tiling.r, grid.tiling.p)
+    out = ValueGradients(grid.sequence(grid.ops.x), mimo_x, grid.coefficient(), grid.coefficient(grid.chunks))
+    return grid.call(_kernel, "ssm_value_gradients", given, out, "x", earlier, of_head=_value_gradients)
 
 
-def _call_projection_gradients(
-    ops: Operands, given: Given, slab, tiling: Tiling, blocks: BlockSizes
-) -> ProjectionGradients:
-    grid = _Grid(ops, tiling, blocks)
-    b, t, h, _ = ops.x.shape
-    g, r, N = ops.B.shape[2], tiling.r, grid.per_group
-    w, half = slab.width, slab.width // 2
+def _call_projection_gradients(grid: _Grid, given: Given, slab) -> ProjectionGradients:
+    t, g, b = grid.ops.x.shape[1], grid.ops.B.shape[2], grid.rows
+    r, N, w = grid.tiling.r, grid.per_group, slab.width
 
     def shared(shape, block, index):
         return jax.ShapeDtypeStruct(shape, jnp.float32), pl.BlockSpec(block, grid.at(index))
 
     projection = shared((N, b, t * r, g, w), (None, None, t * r, None, w), lambda i, c, b: (i % N, b, 0, i // N, 0))
-    bias = grid.per_chunk(ops.B_bias, r, w)
-    omega = shared((N * g, b, t, half), (None, None, t, half), lambda i, c, b: (i, b, 0, 0))
+    bias = grid.per_chunk(grid.ops.B_bias, r, w)
+    omega = shared((N * g, b, t, w // 2), (None, None, t, w // 2), lambda i, c, b: (i, b, 0, 0))
     turning = (None, None) if slab.pair is None else (grid.coefficient(), omega)
     out = ProjectionGradients(projection, projection, bias, bias, *turning)
     return grid.call(_projection_kernel, "ssm_projection_gradients", given, out, slab=slab)
@@ -476,24 +491,72 @@ def _start_angles(entries, exits, h0, last, dh0, dlast, tiling: Tiling) -> jax.A
 
 
 def backward(
-    ops: Operands, h0, last, entries, dy, dlast, tiling: Tiling, segments: int, blocks: BlockSizes
+    ops: Operands, h0, last, dy, dlast, tiling: Tiling, segments: int, blocks: BlockSizes
 ) -> tuple[Operands, jax.Array]:
-    """Gradients of the operands and of h0, from those of y and of the last state, and what the forward pass kept."""
-    exits, dh0 = _exit_adjoints(ops, dy, dlast, tiling, segments, blocks)
-    how = dict(tiling=tiling, blocks=blocks)
-    outputs = _call_output_gradients(ops, Given(dy=dy, entries=entries), **how)
+    """Gradients of the operands and of h0, from those of y and of the last state.
+
+    A few rows of the batch after the other, so that what kernels hand each other takes the memory of a few: as many as
+    fill the GPU, of the serial kernels and of the others.
+    """
+    b, t, h, _ = ops.x.shape
+    chunks, of_heads = t // tiling.c, _Grid(ops, 0, b, tiling, blocks).blocks_of_heads
+    at_once = rows_at_once(b, of_heads * chunks, blocks.programs)
+    serial = rows_at_once(b, h * segments, blocks.programs, at_once)
+    # The first two are of the whole batch and handed on, each time with more rows written.
+    dx = dz = None
+    grads: list[Operands] = []
+    states = []
+    for first in range(0, b, at_once):
+        if first:
+            # These wait for the rows before, whose memory they take over: XLA would begin all at once.
+            dx, dz, grads, dy, h0 = lax.optimization_barrier((dx, dz, grads, dy, h0))
+        if first % serial == 0:
+            mine = slice(first, first + serial)
+            entries, _ = entry_states(ops, h0[mine], tiling, segments, blocks, first)
+            exits, dh0 = _exit_adjoints(ops, dy, dlast[mine], first, tiling, segments, blocks)
+            theta0 = None
+            if tiling.s:
+                theta0 = _start_angles(entries, exits, h0[mine], last[mine], dh0, dlast[mine], tiling)
+            states.append((dh0, theta0))
+        own = _gradients(_Grid(ops, first, at_once, tiling, blocks), entries, exits, dy, dx, dz)
+        dx, dz = own.x, own.z
+        grads.append(own._replace(x=None, z=None))
+    dh0, theta0 = jax.tree.map(lambda *parts: jnp.concatenate(parts), *states)
+    joined = {name: _join(name, [getattr(own, name) for own in grads]) for name in Operands._fields}
+    joined = Operands(**joined | dict(x=dx, z=dz, theta0=theta0))
+    like = ops._replace(segment_ids=None)
+    return jax.tree.map(lambda grad, operand: grad.astype(operand.dtype), joined, like), dh0
+
+
+def rows_at_once(b: int, programs_per_row: int, programs: int, multiple_of: int = 1) -> int:
+    """The fewest rows that make `programs` programs and divide a batch of b; b, if even all rows make fewer."""
+    parts = (rows for rows in range(multiple_of, b, multiple_of) if b % rows == 0)
+    return next((rows for rows in parts if rows * programs_per_row >= programs), b)
+
+
+def _join(name: str, parts: list[jax.Array | None]) -> jax.Array | None:
+    """A gradient of the whole batch."""
+    if parts[0] is None:
+        return None
+    return jnp.concatenate(parts) if AXES[name][0] == "b" else sum(parts)
+
+
+def _gradients(grid: _Grid, entries, exits, dy, dx, dz) -> Operands:
+    """Those of the grid's rows, but for theta0; dx and dz of the whole batch, None before any row is written."""
+    ops, tiling, blocks = grid.ops, grid.tiling, grid.blocks
+    outputs = _call_output_gradients(grid, Given(dy=dy, entries=entries), dz)
     g = dy if outputs.g is None else outputs.g
-    of_values = _call_value_gradients(ops, Given(g=g, P=outputs.P, entries=entries, exits=exits), **how)
+    of_values = _call_value_gradients(grid, Given(g=g, P=outputs.P, entries=entries, exits=exits), dx)
     given = Given(g=g, M=outputs.M, entries=entries, exits=exits)
     slabs = tiles.slabs(tiling, blocks.turning_slab)
-    projections = [_call_projection_gradients(ops, given, slab, **how) for slab in slabs]
+    projections = [_call_projection_gradients(grid, given, slab) for slab in slabs]
 
     def joined(name: str, over) -> jax.Array:
         """Of the slabs that have it."""
         parts = [getattr(one, name) for one in projections if getattr(one, name) is not None]
         return jnp.concatenate([jnp.sum(part, axis=over) for part in parts], axis=-1)
 
-    grads = Operands(
+    return Operands(
         x=of_values.x,
         z=outputs.z,
         B=joined("B", 0),
@@ -512,9 +575,8 @@ def backward(
         through=of_values.through,
         scale=outputs.scale,
         gamma=outputs.gamma,
-        clock=sum((u.clock for u in projections if u.clock is not None), jnp.zeros_like(ops.clock)),
+        clock=sum((u.clock for u in projections if u.clock is not None), jnp.zeros((grid.rows, *ops.clock.shape[1:]))),
         omega=joined("omega", 0) if tiling.s else None,
-        theta0=_start_angles(entries, exits, h0, last, dh0, dlast, tiling) if tiling.s else None,
+        theta0=None,
         segment_ids=None,
     )
-    return jax.tree.map(lambda grad, operand: grad.astype(operand.dtype), grads, ops._replace(segment_ids=None)), dh0

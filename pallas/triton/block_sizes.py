@@ -16,6 +16,8 @@ forward 0.93, forward + backward 4.02). The kernels alone, without what api.py p
     0.69   3.2   scores of a chunk made once, by the kernel of the gates' gradients, and read by the others as P and
                  M; states of the forward pass kept; dq and dk together, 32 turning channels at a time: no spills
                  (sums of kernels' times by the profiler; the row before, so measured: 0.69 and 3.8)
+    -     -      states made again by the backward pass (0.21), which takes a few rows of the batch at a time: not
+                 timed, 3.4 is predicted. 1.34 GB by the compiler instead of 1.81, and MIMO 2.65 (with y before dy)
 
     Of the outputs' 0.51 ms reading and writing alone take 0.26 (a kernel that does nothing else). Left out one at a
     time: turns 0.47, the state's share 0.42, decays 0.45, gate 0.46, the cumulative sum of angles 0.54. So half of it
@@ -49,6 +51,9 @@ forward 0.93, forward + backward 4.02). The kernels alone, without what api.py p
     registers capped at 168 (three programs per multiprocessor): outputs 0.47, all others slower by half and more
     a spill costs more than its traffic: 22 spilled registers doubled the time of the gradients of an unturned slab
     float32, b=2, rows 16 / 32 / 32 with 8 warps: forward 0.93 / 1.06 / 1.21, forward + backward 5.2 / 5.9 / 19.6
+    float32, n=64, rows of 168 tokens, one step of a sweep (kernels alone), one H200, ms, rows 16 / 32 / 64: 4 runs of 8
+    heads of 16 18.5 (13.8) / 17.2 (12.6) / 14.1 (9.5), 64 by 8 warps 24.4, in plain XLA 21.5; 8 runs of 2 heads of 64
+    18.4 (11.1) / 18.2 (10.9), with nothing fetched ahead 16.9 (9.6) / 64 by 8 warps 21.6 (14.5), in plain XLA 17.9
     b=1 t=65536, 1 / 4 / 8 segments: forward 4.8 / 3.6 / 3.6, forward + backward 21.4 / 18.1 / 18.2
 
 By the compiler (shared memory of the largest kernel, before P and M): SISO bfloat16 83 kB, float32 55 kB, so that 99
@@ -58,8 +63,7 @@ forward + backward with what XLA adds: 3.3 and 17.1 (before P and M 3.2 and 21.4
 Next: the gradients move 0.27 MB a tile of 64 tokens, a third of it states: the sums over heads of the slabs that turn
 keep their kernels from being one (registers), and the outputs' gradients run at a third of what the schedulers could
 issue, two programs to a multiprocessor. Hopper's bulk copies need no registers for what is under way; Mosaic GPU has
-them. P, M and g cost 0.4 GB: a batch taken in parts would halve them and the states. MIMO's chunks of 16 tokens keep
-four times SISO's states (1.1 GB).
+them. A row of 65536 tokens is not cut: its states, P, M and g are 3.8 of 7.2 GB, of a few heads at a time they were less.
 """
 
 import dataclasses
@@ -90,12 +94,16 @@ class BlockSizes:
     programs: int
 
 
-def default_block_sizes(r: int, dtype, compute_capability: str) -> BlockSizes:
-    """For rank r, the dtype of x and a GPU such as "9.0" (H100); see the table above."""
-    # Four warps are one warp group, whose matrix product takes 64 rows; float32 tiles are twice as wide in registers.
-    rows = 64 if jnp.dtype(dtype).itemsize == 2 else 16
+def default_block_sizes(r: int, p: int, n: int, dtype, compute_capability: str) -> BlockSizes:
+    """For rank r, head dim p, state size n, the dtype of x and a GPU such as "9.0" (H100); see the table above."""
     # Gradients of 64 turning channels of B and C spill; where no loads are fetched ahead that costs less than twice 32.
     serial_stages, stages, turning_slab = (3, 2, 32) if r == 1 else (1, 1, 64)
+    # Four warps are one warp group, whose matrix product takes 64 rows; float32 tiles are twice as wide in registers.
+    rows = 64
+    if jnp.dtype(dtype).itemsize == 4:
+        rows = 16
+        if r == 1 and n <= 64:
+            rows, stages = (64, stages) if p <= 16 else (32, 1)
     if float(compute_capability) >= 10:
         # Loads fetched ahead were silently wrong there in the official kernels; not tried on such a GPU by us.
         serial_stages = stages = 1

@@ -6,7 +6,8 @@
 Sections 3.1.3 and 3.3 of arXiv:2603.15569; entry, exit and through in operands.py, W in tiles.py. One fused pass would
 move fewer bytes and is bound by the latency of its serial chain; here only the cheap pass is serial. Where batch x
 heads leave the GPU empty, time is cut into segments: a pass from zero finds what each segment adds, a short scan
-gives each its initial state, and a second pass starts from it. The backward pass (backward.py) reads the same states.
+gives each its initial state, and a second pass starts from it. The backward pass (backward.py) makes
+the same states again.
 """
 
 import functools
@@ -88,14 +89,17 @@ def gate(tiling: Tiling, ops: Operands, z) -> jax.Array:
     return z if ops.mimo_z is None else z * tiling.of_rank(ops.mimo_z, slice(None))
 
 
-def call_serial(kernel, name: str, ops: Operands, sequences, start, tiling: Tiling, keep: bool, blocks: BlockSizes):
+def call_serial(
+    kernel, name: str, ops: Operands, sequences, start, tiling: Tiling, keep: bool, blocks: BlockSizes, first: int = 0
+):
     """A pass from chunk to chunk of every segment, forwards or backwards, as `kernel` walks.
 
     From start (b, h, segments, n, p) and `sequences` like y: the states of all chunks or None, those where the segments
-    end, and what passes through each.
+    end, and what passes through each. Of a start for fewer rows than the batch has: of those from `first` on.
     """
-    b, t, h, p = ops.x.shape
-    per_group, chunks, segments = h // ops.B.shape[2], t // tiling.c, start.shape[2]
+    _, t, h, p = ops.x.shape
+    b, _, segments = start.shape[:3]
+    per_group, chunks = h // ops.B.shape[2], t // tiling.c
     at = functools.partial(at_heads, h)
     segment = pl.BlockSpec((None, None, None, tiling.n, p), at(lambda h, s, b: (b, h, s, 0, 0)))
     whole = pl.BlockSpec((None, None, chunks, tiling.n, p), at(lambda h, s, b: (b, h, 0, 0, 0)))
@@ -104,8 +108,8 @@ def call_serial(kernel, name: str, ops: Operands, sequences, start, tiling: Tili
         grid=(h * segments, b),
         in_specs=[
             pl.BlockSpec((None,), at(lambda h, s, b: (s,))),
-            specs(ops, at(lambda h, s, b: (b, h, h // per_group))),
-            *(pl.BlockSpec((None, u.shape[1], None, p), at(lambda h, s, b: (b, 0, h, 0))) for u in sequences),
+            specs(ops, at(lambda h, s, b: (first + b, h, h // per_group))),
+            *(pl.BlockSpec((None, u.shape[1], None, p), at(lambda h, s, b: (first + b, 0, h, 0))) for u in sequences),
             segment,
         ],
         out_specs=[whole if keep else None, segment, pl.BlockSpec((None, None, None), at(lambda h, s, b: (b, h, s)))],
@@ -142,9 +146,13 @@ def _call_outputs(ops: Operands, entries, tiling: Tiling, blocks: BlockSizes) ->
     )(jnp.arange(m, dtype=jnp.int32), ops, entries)
 
 
-def _entry_states(ops: Operands, h0, tiling: Tiling, segments: int, blocks: BlockSizes) -> tuple[jax.Array, jax.Array]:
-    """(b, h, chunks, n, p) in the dtype of x, and the last state (b, h, n, p) in float32."""
-    call = functools.partial(call_serial, _state_kernel, "ssm_states", ops, (), tiling=tiling, blocks=blocks)
+def entry_states(
+    ops: Operands, h0, tiling: Tiling, segments: int, blocks: BlockSizes, first: int = 0
+) -> tuple[jax.Array, jax.Array]:
+    """What every chunk starts from, (b, h, chunks, n, p) in the dtype of x, and the last state (b, h, n, p) in float32,
+    of the rows from `first` on that h0 has."""
+    how = dict(tiling=tiling, blocks=blocks, first=first)
+    call = functools.partial(call_serial, _state_kernel, "ssm_states", ops, (), **how)
     starts = h0[:, :, None]
     if segments > 1:
         _, ends, through = call(jnp.zeros((*h0.shape[:2], segments, *h0.shape[2:]), jnp.float32), keep=False)
@@ -161,8 +169,7 @@ def scan_segments(h0, ends, through) -> jax.Array:
     return jnp.stack(starts, axis=2)
 
 
-def forward(ops: Operands, h0, tiling: Tiling, segments: int, blocks: BlockSizes) -> tuple[jax.Array, ...]:
-    """y (b, t, h, p), or (b, t r, h, p) without mimo_o; the last state (b, h, n, p), float32, in kernel order; and the
-    state that every chunk starts from, (b, h, chunks, n, p) in the dtype of x."""
-    entries, last = _entry_states(ops, h0, tiling, segments, blocks)
-    return _call_outputs(ops, entries, tiling, blocks), last, entries
+def forward(ops: Operands, h0, tiling: Tiling, segments: int, blocks: BlockSizes) -> tuple[jax.Array, jax.Array]:
+    """y (b, t, h, p), or (b, t r, h, p) without mimo_o; and the last state (b, h, n, p), float32, in kernel order."""
+    entries, last = entry_states(ops, h0, tiling, segments, blocks)
+    return _call_outputs(ops, entries, tiling, blocks), last

@@ -26,15 +26,15 @@ from pallas.triton.operands import AXES, Operands
 from pallas.triton.tiles import Tiling
 
 # Axes of the arrays that are not operands.
-_Y, _STATE, _STATES = "b rows h p", "b h n p", "b h chunks n p"
+_Y, _STATE = "b rows h p", "b h n p"
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def ssm(ops: Operands, h0: jax.Array, tiling: Tiling, segments: int, blocks: BlockSizes) -> tuple[jax.Array, jax.Array]:
     """y and the last state from h0 (b, h, n, p), both states in kernel order and float32. See `Operands`.
 
-    Kept for the backward pass are the operands and the state that every chunk starts from, n / c times as large as x:
-    made again they would take 0.21 ms of 3.6 at block_sizes.py's shape.
+    Kept for the backward pass are the operands and the last state. The states that chunks start from are made again: it
+    takes 0.21 ms of 3.8 at block_sizes.py's shape, and kept they would be n r / c times as large as x in every layer.
 
     Inside a `shard_map` of the caller's it computes what it is given; `check_vma` must be False there, as for every
     Pallas kernel that does not say how its outputs vary.
@@ -46,9 +46,9 @@ def ssm(ops: Operands, h0: jax.Array, tiling: Tiling, segments: int, blocks: Blo
 # lowered once a shape, which takes longer than all the rest of a layer.
 @functools.partial(jax.jit, static_argnums=(2, 3, 4))
 def _forward(ops, h0, tiling, segments, blocks):
-    run = _Sharded(forward, (_axes(ops), _STATE), (_Y, _STATE, _STATES), ops, tiling, segments, blocks)
-    y, last, entries = run(ops, h0)
-    return (y, last), (ops, h0, last, entries)
+    run = _Sharded(forward, (_axes(ops), _STATE), (_Y, _STATE), ops, tiling, segments, blocks)
+    y, last = run(ops, h0)
+    return (y, last), (ops, h0, last)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -56,7 +56,7 @@ def _backward(tiling, segments, blocks, saved, grads):
     ops, *states = saved
     axes = _axes(ops)
     outs = axes._replace(segment_ids=None), _STATE
-    run = _Sharded(backward, (axes, _STATE, _STATE, _STATES, _Y, _STATE), outs, ops, tiling, segments, blocks)
+    run = _Sharded(backward, (axes, _STATE, _STATE, _Y, _STATE), outs, ops, tiling, segments, blocks)
     return run(ops, *states, *grads)
 
 

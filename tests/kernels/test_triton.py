@@ -20,6 +20,7 @@ from jax.sharding import PartitionSpec as P
 from mamba3_jax.ops import EULER, SSMState, api, ssm, ssm_step
 from mamba3_jax.ops.decode import decode
 from mamba3_jax.ops.triton import triton
+from pallas.triton import backward
 from pallas.triton.block_sizes import default_block_sizes
 from test_operator import assert_states_close, call, cut, make, random_state, split_static, values_and_gradients
 
@@ -60,7 +61,7 @@ def arguments(t=37, packed=False, **kwargs):
 def interpreted(rows=16, segments=1, **cut):
     """Inside, `ssm` and `ssm_step` take this machine for one with a GPU; if it is not, the kernels run interpreted."""
     with pytest.MonkeyPatch.context() as patch:
-        blocks = dataclasses.replace(default_block_sizes(1, jnp.float32, "9.0"), rows=rows, **cut)
+        blocks = dataclasses.replace(default_block_sizes(1, 64, 128, jnp.float32, "9.0"), rows=rows, **cut)
         options = dict(blocks=blocks, segments=segments, interpret=INTERPRET)
         patch.setattr(api, "triton", functools.partial(triton, **options))
         patch.setattr(api, "decode", functools.partial(decode, interpret=INTERPRET))
@@ -124,6 +125,38 @@ def test_slabs_and_programs_of_the_gradients_add_up(kwargs):
     with interpreted(rows=16, turning_slab=16, heads=1):
         *_, gradients = values_and_gradients(args, state, implementation="triton")
     assert_all_close(gradients, in_float64(values_and_gradients, args, state)[-1], TOLERANCE[jnp.float32])
+
+
+@pytest.mark.parametrize(
+    "kwargs, programs",
+    [(dict(g=2, h=4), 6), (dict(r=2, mimo=True), 4), (dict(rotation="none", bare=True, gate=False), 3)],
+    ids=["siso", "mimo", "no rotation, no D, no gate"],
+)
+def test_gradients_of_a_few_rows_after_those_of_others(kwargs, programs):
+    """States of two rows of four at once, the gradients of their chunks one row after the other."""
+    args = arguments(b=4, **kwargs)
+    state = random_state(args)
+    cut, whole = [], backward._call_value_gradients
+
+    def noted(grid, given, earlier):
+        cut.append((grid.first, len(given.P), len(given.exits), earlier is None))
+        return whole(grid, given, earlier)
+
+    with interpreted(rows=16, programs=programs), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backward, "_call_value_gradients", noted)
+        *_, gradients = values_and_gradients(args, state, implementation="triton")
+    assert cut == [(0, 1, 2, True), (1, 1, 2, False), (2, 1, 2, False), (3, 1, 2, False)]
+    assert_all_close(gradients, in_float64(values_and_gradients, args, state)[-1], TOLERANCE[jnp.float32])
+
+
+def test_rows_at_once_fill_the_gpu_and_divide_the_batch():
+    assert backward.rows_at_once(8, 128, 256) == 2
+    assert backward.rows_at_once(8, 64, 256, multiple_of=2) == 4
+    assert backward.rows_at_once(8, 1024, 256, multiple_of=2) == 2
+    # Five rows would do, and six divide the batch; of three rows all together make too few.
+    assert backward.rows_at_once(6, 60, 256) == backward.rows_at_once(12, 60, 256) == 6
+    assert backward.rows_at_once(3, 60, 256) == 3
+    assert backward.rows_at_once(1, 4096, 256) == 1
 
 
 @pytest.mark.parametrize("variant", FORWARD_VARIANTS)
@@ -326,14 +359,14 @@ def test_every_device_runs_its_own_rows_and_heads(case):
 
 @several_devices
 def test_inside_a_shard_map_and_a_vmap():
-    """A sweep's runs are vmapped, those of each device by themselves."""
-    args = arguments(20, s=16, b=1)
+    """A sweep's runs are vmapped, those of each device by themselves; the two rows of a run one after the other."""
+    args = arguments(20, s=16)
     arrays, static = split_static(args)
     gradients = jax.grad(lambda a: sharded_loss(static)(a)[0])
     runs = jax.tree.map(lambda a: jnp.stack([a, 0.5 * a, 0.2 * a, -a]), arrays)
     runs |= dict(dt=jnp.abs(runs["dt"]), A=-jnp.abs(runs["A"]))
     mesh = Mesh(np.array(jax.devices()[:2]), ("each",))
-    with interpreted():
+    with interpreted(programs=2):
         mapped = jax.shard_map(jax.vmap(gradients), mesh=mesh, in_specs=P("each"), out_specs=P("each"), check_vma=False)
         found = jax.jit(mapped)(runs)
         single = jax.jit(gradients)
@@ -341,21 +374,26 @@ def test_inside_a_shard_map_and_a_vmap():
             assert_all_close(jax.tree.map(lambda a: a[i], found), single(jax.tree.map(lambda a: a[i], runs)), 3e-6)
 
 
-@pytest.mark.parametrize("kwargs", [dict(), dict(r=4, mimo=True)], ids=["siso", "mimo"])
+@pytest.mark.parametrize(
+    "kwargs, dtype",
+    [(dict(), jnp.bfloat16), (dict(r=4, mimo=True), jnp.bfloat16), (dict(p=16, n=64, s=16), jnp.float32)],
+    ids=["siso", "mimo", "siso float32 of a sweep"],
+)
 @pytest.mark.parametrize(
     "device, capability",
     [("NVIDIA A100-SXM4-80GB", "8.0"), ("NVIDIA H100 80GB HBM3", "9.0"), ("NVIDIA B200", "10.0")],
     ids=["A100", "H100", "B200"],
 )
-def test_lowers_for_gpus(device, capability, kwargs):
-    """To Triton IR, which needs no GPU: the forward and backward pass of one layer of the 1.5B model."""
-    shapes = jax.eval_shape(lambda: split_static(make(2048, b=8, h=64, p=64, n=128, s=32, **kwargs))[0])
+def test_lowers_for_gpus(device, capability, kwargs, dtype):
+    """To Triton IR, which needs no GPU: the forward and backward pass of one layer, of the 1.5B model's width."""
+    sizes = dict(p=64, n=128, s=32) | kwargs
+    shapes = jax.eval_shape(lambda: split_static(make(2048, b=8, h=64, **sizes))[0])
     static = dict(rotation="data_dependent")
     wide = ("dt", "A", "lam", "omega")
-    shapes = {k: u if k in wide else jax.ShapeDtypeStruct(u.shape, jnp.bfloat16) for k, u in shapes.items()}
+    shapes = {k: u if k in wide else jax.ShapeDtypeStruct(u.shape, dtype) for k, u in shapes.items()}
     mesh = AbstractMesh((), (), abstract_device=AbstractDevice(device, num_cores=None, platform="gpu"))
     with pytest.MonkeyPatch.context() as patch, jax.sharding.use_abstract_mesh(mesh), warnings.catch_warnings():
-        blocks = default_block_sizes(kwargs.get("r", 1), jnp.bfloat16, capability)
+        blocks = default_block_sizes(sizes.get("r", 1), sizes["p"], sizes["n"], dtype, capability)
         patch.setattr(api, "triton", functools.partial(triton, blocks=blocks))
         patch.setattr(api, "_platform", lambda: "cuda")
         # JAX means to move Pallas on GPUs to Mosaic, and says so at each lowering; pyproject caps jax until then.
