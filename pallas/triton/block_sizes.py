@@ -63,7 +63,7 @@ forward + backward with what XLA adds: 3.3 and 17.1 (before P and M 3.2 and 21.4
 Next: the gradients move 0.27 MB a tile of 64 tokens, a third of it states: the sums over heads of the slabs that turn
 keep their kernels from being one (registers), and the outputs' gradients run at a third of what the schedulers could
 issue, two programs to a multiprocessor. Hopper's bulk copies need no registers for what is under way; Mosaic GPU has
-them. A row of 65536 tokens is not cut: its states, P, M and g are 3.8 of 7.2 GB, of a few heads at a time they were less.
+them. A row of 65536 tokens is not cut: its states, P, M and g are 3.8 of 7.2 GB; a few heads at a time would take less.
 """
 
 import dataclasses
