@@ -86,7 +86,7 @@ def render(command: Command[GridConfig], done: dict[tuple[str, str, int], dict])
         "",
         "Scaled accuracy in percent (0 is a guess, 100 is perfect) on unseen rows of exactly 256 tokens, ours and in",
         "brackets the paper's. The test of the width, learning rate, seed and step that are best by validation; with a",
-        "star, of one width where another was not run.",
+        "star, of one width where another was not run; a dash where none is planned.",
         "",
         "| model | " + " | ".join(_task_name(task) for task in config.tasks) + " |",
         "| --- |" + " --- |" * len(config.tasks),

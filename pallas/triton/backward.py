@@ -73,7 +73,10 @@ def _of_ranks(tiling: Tiling, ops: Operands, dy_ref, t0):
 
 
 class Given(NamedTuple):
-    """What a kernel of the gradients is given beside the operands, None what it does not need; m chunks."""
+    """What a kernel of the gradients is given beside the operands, None what it does not need; m chunks.
+
+    Of all these b is the grid's rows or more (see `_Grid`), as of what the kernels write.
+    """
 
     dy: jax.Array | None = None
     g: jax.Array | None = None  # (b, t r, h, p) in the dtype of x, like the next four
@@ -99,7 +102,7 @@ def _at_head(refs, head):
     })  # fmt: skip
 
 
-def _kernel(chunk_ref, ops: Operands, given: Given, _, out, *, of_head, tiling: Tiling, heads: int):
+def _kernel(chunk_ref, ops: Operands, given: Given, earlier_ref, out, *, of_head, tiling: Tiling, heads: int):
     """`of_head(ops, given, out, chunk, tiling)` of one chunk of one row, for `heads` heads of one group."""
 
     def body(head, chunk, _):
@@ -252,7 +255,7 @@ class ProjectionGradients(NamedTuple):
 
 
 def _projection_kernel(
-    chunk_ref, ops: Operands, given: Given, _, out: ProjectionGradients, *, tiling: Tiling, slab, heads: int
+    chunk_ref, ops: Operands, given: Given, earlier_ref, out: ProjectionGradients, *, tiling: Tiling, slab, heads: int
 ):
     """One slab, for `heads` heads of one group."""
 
@@ -329,7 +332,8 @@ def _exit_adjoints(ops: Operands, dy, dlast, first: int, tiling: Tiling, segment
 class _Grid(NamedTuple):
     """Blocks of heads x chunks x `rows` rows of the batch from `first` on, and the BlockSpecs of what lies on it.
 
-    Of arrays with more rows those are read and written: where the array begins is a multiple of its own length.
+    An array holds these rows, or more: those of the serial kernels, or the whole batch. Each length divides the next,
+    so that the grid's rows begin at `first % length` of an array.
     """
 
     ops: Operands
@@ -495,8 +499,8 @@ def backward(
 ) -> tuple[Operands, jax.Array]:
     """Gradients of the operands and of h0, from those of y and of the last state.
 
-    A few rows of the batch after the other, so that what kernels hand each other takes the memory of a few: as many as
-    fill the GPU, of the serial kernels and of the others.
+    One part of the batch after the other, so that what kernels hand each other takes the memory of a part: as many rows
+    as fill the GPU, of the serial kernels and of the others.
     """
     b, t, h, _ = ops.x.shape
     chunks, of_heads = t // tiling.c, _Grid(ops, 0, b, tiling, blocks).blocks_of_heads
@@ -507,9 +511,8 @@ def backward(
     grads: list[Operands] = []
     states = []
     for first in range(0, b, at_once):
-        if first:
-            # These wait for the rows before, whose memory they take over: XLA would begin all at once.
-            dx, dz, grads, dy, h0 = lax.optimization_barrier((dx, dz, grads, dy, h0))
+        # Waits for the part before, whose memory it takes over, and the first for dy: XLA would begin all at once.
+        dx, dz, grads, dy, h0 = lax.optimization_barrier((dx, dz, grads, dy, h0))
         if first % serial == 0:
             mine = slice(first, first + serial)
             entries, _ = entry_states(ops, h0[mine], tiling, segments, blocks, first)
@@ -528,9 +531,13 @@ def backward(
     return jax.tree.map(lambda grad, operand: grad.astype(operand.dtype), joined, like), dh0
 
 
+# Each has kernels of its own to compile.
+MOST_PARTS = 4
+
+
 def rows_at_once(b: int, programs_per_row: int, programs: int, multiple_of: int = 1) -> int:
-    """The fewest rows that make `programs` programs and divide a batch of b; b, if even all rows make fewer."""
-    parts = (rows for rows in range(multiple_of, b, multiple_of) if b % rows == 0)
+    """The fewest rows that make `programs` programs and divide a batch of b, in at most MOST_PARTS; b, if none do."""
+    parts = (rows for rows in range(multiple_of, b, multiple_of) if b % rows == 0 and b // rows <= MOST_PARTS)
     return next((rows for rows in parts if rows * programs_per_row >= programs), b)
 
 

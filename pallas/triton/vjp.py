@@ -33,8 +33,8 @@ _Y, _STATE = "b rows h p", "b h n p"
 def ssm(ops: Operands, h0: jax.Array, tiling: Tiling, segments: int, blocks: BlockSizes) -> tuple[jax.Array, jax.Array]:
     """y and the last state from h0 (b, h, n, p), both states in kernel order and float32. See `Operands`.
 
-    Kept for the backward pass are the operands and the last state. The states that chunks start from are made again: it
-    takes 0.21 ms of 3.8 at block_sizes.py's shape, and kept they would be n r / c times as large as x in every layer.
+    Kept for the backward pass are the operands and the last state. The states that chunks start from are made again: at
+    block_sizes.py's shape that took 0.21 ms, and kept they would be n r / c times as large as x in every layer.
 
     Inside a `shard_map` of the caller's it computes what it is given; `check_vma` must be False there, as for every
     Pallas kernel that does not say how its outputs vary.

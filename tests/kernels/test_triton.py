@@ -51,9 +51,9 @@ FORWARD_VARIANTS = {
 def arguments(t=37, packed=False, **kwargs):
     args = make(t, **(SIZES | kwargs))
     if packed:
-        # Documents that begin inside a chunk, at its edge and at the next token; the other row has one.
+        # Documents that begin inside a chunk, at its edge and at the next token; every other row has one.
         rows = [np.repeat([0, 2, 3, 7], lengths) for lengths in ([5, 11, 1, 20], [37, 0, 0, 0])]
-        args |= dict(segment_ids=jnp.asarray(np.stack(rows), jnp.int32))
+        args |= dict(segment_ids=jnp.asarray(np.stack(rows * (len(args["x"]) // 2)), jnp.int32))
     return args
 
 
@@ -128,12 +128,17 @@ def test_slabs_and_programs_of_the_gradients_add_up(kwargs):
 
 
 @pytest.mark.parametrize(
-    "kwargs, programs",
-    [(dict(g=2, h=4), 6), (dict(r=2, mimo=True), 4), (dict(rotation="none", bare=True, gate=False), 3)],
-    ids=["siso", "mimo", "no rotation, no D, no gate"],
+    "kwargs, segments, programs, at_once",
+    [
+        (dict(g=2, h=4), 1, 6, 1),
+        (dict(r=2, mimo=True), 1, 4, 1),
+        (dict(rotation="none", bare=True, gate=False), 1, 3, 1),
+        (dict(packed=True), 2, 8, 2),
+    ],
+    ids=["siso", "mimo", "no rotation, no D, no gate", "siso packed"],
 )
-def test_gradients_of_a_few_rows_after_those_of_others(kwargs, programs):
-    """States of two rows of four at once, the gradients of their chunks one row after the other."""
+def test_gradients_of_a_few_rows_after_those_of_others(kwargs, segments, programs, at_once):
+    """States of two rows of four at once, the gradients of their chunks of one row or both."""
     args = arguments(b=4, **kwargs)
     state = random_state(args)
     cut, whole = [], backward._call_value_gradients
@@ -142,14 +147,64 @@ def test_gradients_of_a_few_rows_after_those_of_others(kwargs, programs):
         cut.append((grid.first, len(given.P), len(given.exits), earlier is None))
         return whole(grid, given, earlier)
 
-    with interpreted(rows=16, programs=programs), pytest.MonkeyPatch.context() as patch:
+    with interpreted(rows=16, segments=segments, programs=programs), pytest.MonkeyPatch.context() as patch:
         patch.setattr(backward, "_call_value_gradients", noted)
         *_, gradients = values_and_gradients(args, state, implementation="triton")
-    assert cut == [(0, 1, 2, True), (1, 1, 2, False), (2, 1, 2, False), (3, 1, 2, False)]
+    assert cut == [(first, at_once, 2, first == 0) for first in range(0, 4, at_once)]
     assert_all_close(gradients, in_float64(values_and_gradients, args, state)[-1], TOLERANCE[jnp.float32])
 
 
+def test_states_of_chunks_are_not_kept_for_the_backward_pass():
+    """Nothing is kept that holds a state for each chunk; the parts of the batch wait for one another."""
+    args = arguments(64, b=4)
+    arrays, static = split_static(args)
+    with interpreted(rows=16, programs=4):
+        loss = sharded_loss(static)
+        kept = jax.tree.leaves(jax.eval_shape(lambda a: jax.vjp(lambda a: loss(a)[0], a)[1], arrays))
+        text = jax.jit(jax.grad(loss, has_aux=True)).lower(arrays).as_text()
+    n, p = args["B"].shape[-1], args["x"].shape[-1]
+    assert kept and not [u.shape for u in kept if u.ndim == 5 and {n, p} <= set(u.shape[-2:])]
+    # One is in `enter`, and its transpose.
+    assert text.count("optimization_barrier") >= 4
+
+
+def test_block_sizes_fit_the_gpu():
+    """Tiles of float32 by the width of a head; less is fetched ahead where larger states would not fit."""
+    tiles = {(p, n): default_block_sizes(1, p, n, jnp.float32, "9.0") for p in (16, 64) for n in (64, 128)}
+    assert {size: blocks.rows for size, blocks in tiles.items()} == {
+        (16, 64): 64,
+        (64, 64): 32,
+        (16, 128): 16,
+        (64, 128): 16,
+    }
+    assert [blocks.stages for blocks in tiles.values()] == [2, 2, 1, 2]
+
+    def ahead(capability, p, n, r=1):
+        blocks = default_block_sizes(r, p, n, jnp.bfloat16, capability)
+        return blocks.serial_stages, blocks.stages
+
+    assert [ahead(gpu, 64, 128) for gpu in ("8.0", "8.9", "9.0", "10.0", "12.0")] == [
+        (3, 2),
+        (3, 2),
+        (3, 2),
+        (1, 1),
+        (1, 1),
+    ]
+    assert [ahead(gpu, 64, 256) for gpu in ("8.0", "8.6", "8.9", "9.0", "10.0")] == [
+        (3, 2),
+        (2, 1),
+        (2, 1),
+        (3, 2),
+        (1, 1),
+    ]
+    assert {ahead(gpu, 128, 256) for gpu in ("8.0", "8.9", "9.0")} == {(2, 1)}
+    assert {ahead(gpu, 64, 128, r=4) for gpu in ("8.0", "8.9", "9.0", "10.0")} == {(1, 1)}
+
+
 def test_rows_at_once_fill_the_gpu_and_divide_the_batch():
+    # No more than four parts, each of which has kernels of its own to compile.
+    assert backward.rows_at_once(32, 128, 256) == 8
+    assert backward.rows_at_once(7, 1024, 256) == 7
     assert backward.rows_at_once(8, 128, 256) == 2
     assert backward.rows_at_once(8, 64, 256, multiple_of=2) == 4
     assert backward.rows_at_once(8, 1024, 256, multiple_of=2) == 2
@@ -347,7 +402,8 @@ def test_every_device_runs_its_own_rows_and_heads(case):
     arrays, gradients, expected = on_one_device(**kwargs)
     mesh = Mesh(np.array(jax.devices()[:4]).reshape(shape), ("data", "model"))
     placed = jax.device_put(arrays, shardings(mesh, arrays))
-    with interpreted():
+    # So few that every device takes its rows in parts, if it has more than one.
+    with interpreted(programs=2):
         compiled = jax.jit(gradients).lower(placed).compile()
     found = compiled(placed)
     assert_all_close(found, expected, 3e-6)
@@ -385,7 +441,7 @@ def test_inside_a_shard_map_and_a_vmap():
     ids=["A100", "H100", "B200"],
 )
 def test_lowers_for_gpus(device, capability, kwargs, dtype):
-    """To Triton IR, which needs no GPU: the forward and backward pass of one layer, of the 1.5B model's width."""
+    """To Triton IR, which needs no GPU: the forward and backward pass of a layer of 64 heads."""
     sizes = dict(p=64, n=128, s=32) | kwargs
     shapes = jax.eval_shape(lambda: split_static(make(2048, b=8, h=64, **sizes))[0])
     static = dict(rotation="data_dependent")
