@@ -249,8 +249,8 @@ def test_every_cell_of_the_table_is_valid_and_its_own_model():
     options = ["--config", str(CONFIGS["table_5b"][0])]
     places = list(grid.cells(command.parse("table_5b", grid.GridConfig, options, cells=True).config))
     assert {place.config.model.mixer for place in places} == set(get_args(Mixer)) - {"attention"}
-    # Three columns at two widths; and beyond the paper's, at one, a model's and that of all models with smaller heads.
-    assert len(places) == 5 * 3 * 2 + 1 + 5
+    # Three columns at two widths; and beyond the paper's, at one, two of one model and that of all with smaller heads.
+    assert len(places) == 5 * 3 * 2 + 2 + 5
 
 
 def test_a_baseline_without_its_convolution_is_a_deviation_and_with_it_is_none():
