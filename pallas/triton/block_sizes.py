@@ -16,7 +16,7 @@ forward 0.93, forward + backward 4.02). The kernels alone, without what api.py p
     0.69   3.2   scores of a chunk made once, by the kernel of the gates' gradients, and read by the others as P and
                  M; states of the forward pass kept; dq and dk together, 32 turning channels at a time: no spills
                  (sums of kernels' times by the profiler; the row before, so measured: 0.69 and 3.8)
-    -     -      states made again by the backward pass (0.21), which takes up to a quarter of the batch at a time: not
+    -     -      states made again by the backward pass (0.21), which takes the batch in up to four parts: not
                  timed, 3.4 is predicted. By the compiler, with y there before dy, 1.32 GB instead of 1.81, 1.15 at
                  n=64, MIMO 2.57; 7.17 as before at b=1 t=65536. Less than 256 programs at once, or more parts than
                  four, would need still less memory; every part has kernels of its own to compile
@@ -59,7 +59,7 @@ forward 0.93, forward + backward 4.02). The kernels alone, without what api.py p
     b=1 t=65536, 1 / 4 / 8 segments: forward 4.8 / 3.6 / 3.6, forward + backward 21.4 / 18.1 / 18.2
 
 Shared memory of the largest kernel in kB, by the compiler, for an H100 / RTX 4090: SISO bfloat16 n=128 p=64 108 / 92,
-float32 n=64 63 / 63, n=128 - / 57; MIMO r=4 41 / 35, n=256 - / 51. With loads fetched ahead as at n=128 p=64 a RTX 4090
+float32 n=64 63 / 63, n=128 - / 57; MIMO r=4 - / 35, n=256 - / 51. With loads fetched ahead as at n=128 p=64 a RTX 4090
 would need 135 at n=256, 125 at p=128 and has 101; an A100 would need 184 at n=256 p=128 and has 167; with 2 stages of
 serial loads and no others n=256 p=128 takes 100. MIMO r=4, forward and forward + backward with what XLA adds: 3.3 and
 17.1 (before P and M 3.2 and 21.4; with loads fetched ahead 3.8, 32.4).
@@ -110,7 +110,7 @@ def default_block_sizes(r: int, p: int, n: int, dtype, compute_capability: str) 
         if r == 1 and n <= 64:
             rows, stages = (64, stages) if p <= 16 else (32, 1)
     # What is fetched ahead of larger states does not fit the shared memory: 99 kB of a consumer GPU, 163 of an A100.
-    consumer = compute_capability in ("8.6", "8.9", "12.0")
+    consumer = compute_capability in ("8.6", "8.9")
     if r == 1 and n * p > (128 * 64 if consumer else 256 * 64):
         serial_stages, stages = 2, 1
     if float(compute_capability) >= 10:

@@ -6,8 +6,8 @@
 Sections 3.1.3 and 3.3 of arXiv:2603.15569; entry, exit and through in operands.py, W in tiles.py. One fused pass would
 move fewer bytes and is bound by the latency of its serial chain; here only the cheap pass is serial. Where batch x
 heads leave the GPU empty, time is cut into segments: a pass from zero finds what each segment adds, a short scan
-gives each its initial state, and a second pass starts from it. The backward pass (backward.py) makes
-the same states again.
+gives each its initial state, and a second pass starts from it. The backward pass (backward.py) makes the same states
+again.
 """
 
 import functools
