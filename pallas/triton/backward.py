@@ -33,24 +33,46 @@ from jax.experimental import pallas as pl
 
 from pallas.triton import tiles
 from pallas.triton.block_sizes import BlockSizes
-from pallas.triton.forward import call_serial, entry_states, gate, scan_segments, values
-from pallas.triton.operands import AXES, OfHead, Operands, at_head, at_heads, heads_per_program, over_heads, specs
+from pallas.triton.forward import call_serial, entry_states, gate, over_chunks, scan_segments, values
+from pallas.triton.operands import (
+    OfHead,
+    Operands,
+    at_head,
+    at_heads,
+    given_chunk,
+    heads_per_program,
+    over_heads,
+    specs,
+)
 from pallas.triton.tiles import Tiling
 
 
 def _adjoint_kernel(
-    segment_ref, ops: Operands, dy_ref, dS_ref, exits_ref, start_ref, through_ref, *, tiling: Tiling, chunks: int
+    segment,
+    ops: Operands,
+    dy_ref,
+    dS_ref,
+    exits_ref,
+    start_ref,
+    through_ref,
+    *,
+    tiling: Tiling,
+    chunks: int,
+    ahead: bool,
 ):
     """As forward's _state_kernel, in reverse: dS (n, p) enters at the segment's end and leaves at its start."""
-    last = (segment_ref[...] + 1) * chunks - 1
+    last = (segment + 1) * chunks - 1
     slabs = tiles.slabs(tiling)
 
-    def body(i, carry):
-        dS, through = carry
+    def load(i):
+        t0 = (last - i) * tiling.c
+        return tiles.load_slabs(tiling, ops.C, t0), _read(tiling, ops, dy_ref, t0)
+
+    def step(i, carry, loaded):
+        (dS, through), (C, dy) = carry, loaded
         chunk = last - i
         t0 = chunk * tiling.c
-        C = tiles.load_slabs(tiling, ops.C, t0)
-        g = _gated_gradient(tiling, ops, dy_ref, t0)
+        g = _gated(tiling, ops, dy, t0)
         if exits_ref is not None:
             for slab, u in zip(slabs, dS):
                 exits_ref[chunk, slab.channels] = u.astype(exits_ref.dtype)
@@ -59,17 +81,33 @@ def _adjoint_kernel(
         kept = ops.through[chunk]
         return [u * kept + tiling.dot(q_, seen, (0, 0)) for u, q_ in zip(dS, q)], through * kept
 
-    dS, through = lax.fori_loop(0, chunks, body, ([dS_ref[slab.channels] for slab in slabs], jnp.float32(1)))
+    end = [dS_ref[slab.channels] for slab in slabs], jnp.float32(1)
+    dS, through = over_chunks(chunks, load, step, end, ahead)
     for slab, u in zip(slabs, dS):
         start_ref[slab.channels] = u
     through_ref[...] = through
 
 
-def _of_ranks(tiling: Tiling, ops: Operands, dy_ref, t0):
-    """dy before the contraction of ranks, (rows, p) in float32."""
+def _read(tiling: Tiling, ops: Operands, dy_ref, t0):
+    """dy as it lies in memory, of MIMO repeated for the ranks where they were contracted; (rows, p)."""
     if ops.mimo_o is None:
-        return dy_ref[pl.ds(t0 * tiling.r, tiling.rows)].astype(jnp.float32)
-    return tiling.of_token(dy_ref, t0, slice(None)).astype(jnp.float32) * tiling.of_rank(ops.mimo_o, slice(None))
+        return dy_ref[pl.ds(t0 * tiling.r, tiling.rows)]
+    return tiling.of_token(dy_ref, t0, slice(None))
+
+
+def _of_ranks(tiling: Tiling, ops: Operands, dy):
+    """dy before the contraction of ranks, in float32."""
+    dy = dy.astype(jnp.float32)
+    return dy if ops.mimo_o is None else dy * tiling.of_rank(ops.mimo_o, slice(None))
+
+
+def _gated(tiling: Tiling, ops: Operands, dy, t0):
+    """g, (rows, p) in float32."""
+    g = _of_ranks(tiling, ops, dy)
+    if ops.z is None:
+        return g
+    u = gate(tiling, ops, tiling.of_token(ops.z, t0, slice(None)))
+    return g * (u * tiling.sigmoid(u))
 
 
 class Given(NamedTuple):
@@ -89,8 +127,8 @@ class Given(NamedTuple):
 # Where refs keep the block's heads, beside the batch; None: they are shared by the heads.
 _HEAD_AXES = dict(
     dy=1, g=1, P=0, M=0, entries=0, exits=0,
-    x=1, mimo_x=1, exit=0, through=0, z=1, mimo_z=1, mimo_o=1, entry=0, D=1, cs=0, scale=0, gamma=0,
-    B=None, C=None, B_bias=1, C_bias=1, clock=0, omega=None,
+    x=1, mimo_x=1, exit=0, through=0, z=1, mimo_z=1, mimo_o=1, entry=0, D=0, cs=0, scale=0, gamma=0,
+    projections=None, biases=2, clock=0, omega=None,
 )  # fmt: skip
 
 
@@ -102,28 +140,29 @@ def _at_head(refs, head):
     })  # fmt: skip
 
 
-def _kernel(chunk_ref, ops: Operands, given: Given, earlier_ref, out, *, of_head, tiling: Tiling, heads: int):
+def _kernel(chunk, ops: Operands, given: Given, earlier, out, *, of_head, tiling: Tiling, heads: int):
     """`of_head(ops, given, out, chunk, tiling)` of one chunk of one row, for `heads` heads of one group."""
 
     def body(head, chunk, _):
         of_head(at_head(ops, head), _at_head(given, head), _at_head(out, head), chunk, tiling)
 
-    over_heads(heads, chunk_ref, body)
+    over_heads(heads, chunk, tiling.interpret, body)
 
 
 class OutputGradients(NamedTuple):
     """What the kernel of the outputs writes; None where the operand is absent.
 
-    Sums over the tokens of a chunk (mimo_*, D) are finished outside.
+    Sums over the tokens of a chunk (mimo_*, D) are finished outside. P, M, and mimo_* are of a part of the batch, and
+    so is g where ranks make it larger than x, whose gradient takes its place else.
     """
 
-    P: jax.Array  # (b, h, m, rows, rows) in the dtype of x
+    P: jax.Array  # (rows, h, m, r c, r c) in the dtype of x
     M: jax.Array
     g: jax.Array | None  # (b, t r, h, p) in the dtype of x; None where it is dy
     z: jax.Array | None  # (b, t, h, p)
-    mimo_z: jax.Array | None  # (b, m, h, r, p)
+    mimo_z: jax.Array | None  # (rows, m, h, r, p)
     mimo_o: jax.Array | None
-    D: jax.Array | None  # (b, m, h)
+    D: jax.Array | None  # (b, h, m)
     entry: jax.Array  # (b, h, t)
     cs: jax.Array
     scale: jax.Array
@@ -136,12 +175,13 @@ def _output_gradients(ops: Operands, given: Given, out: OutputGradients, chunk, 
     tokens, rows = pl.ds(t0, tiling.c), pl.ds(t0 * tiling.r, tiling.rows)
     dtype = ops.x.dtype
     slabs = tiles.slabs(tiling)
+    h = [given.entries[slab.channels] for slab in slabs]
     B, C = tiles.load_slabs(tiling, ops.B, t0), tiles.load_slabs(tiling, ops.C, t0)
     turns = tiles.turns(tiling, ops, chunk)
     q = tiles.project(tiling, C, ops.C_bias, turns, dtype)
     k = tiles.project(tiling, B, ops.B_bias, turns, dtype)
     v = values(tiling, ops, t0)
-    g = _gated_gradient(tiling, ops, given.dy, t0).astype(dtype)
+    g = _gated(tiling, ops, _read(tiling, ops, given.dy, t0), t0).astype(dtype)
     X = tiling.dot(g, v, (1, 1))
     Y = sum(tiling.dot(q_, k_, (1, 1)) for q_, k_ in zip(q, k))
     E = tiles.later(tiling, ops, t0)
@@ -163,8 +203,8 @@ def _output_gradients(ops: Operands, given: Given, out: OutputGradients, chunk, 
 
     # dy and z are read again: kept from above they would fill the registers.
     o = tiling.dot(P, v)
-    o_entry = sum(tiling.dot(q_, given.entries[slab.channels]) for slab, q_ in zip(slabs, q))
-    dy = _of_ranks(tiling, ops, given.dy, t0)
+    o_entry = sum(tiling.dot(q_, h_) for h_, q_ in zip(h, q))
+    dy = _of_ranks(tiling, ops, _read(tiling, ops, given.dy, t0))
     swish, slope = _swish(tiling, ops, t0, o)
     g = dy * swish
     if out.g is not None:
@@ -231,31 +271,21 @@ def _of_rows(tiling: Tiling, ref, chunk, *rest):
     return ref[(pl.ds(chunk * tiling.rows, tiling.rows), *rest)]
 
 
-def _gated_gradient(tiling: Tiling, ops: Operands, dy_ref, t0):
-    """g, (rows, p) in float32."""
-    g = _of_ranks(tiling, ops, dy_ref, t0)
-    if ops.z is None:
-        return g
-    u = gate(tiling, ops, tiling.of_token(ops.z, t0, slice(None)))
-    return g * (u * tiling.sigmoid(u))
-
-
 class ProjectionGradients(NamedTuple):
-    """What the kernel of one slab of w channels of the projections writes; N programs per group.
+    """What the kernel of one slab of the projections writes: its channels of all; N programs per group.
 
-    Sums over the tokens of a chunk (biases) and over blocks of heads are finished outside.
+    B and C, and their biases, lie in one array. Sums over the tokens of a chunk (biases) and over blocks of heads are
+    finished outside.
     """
 
-    B: jax.Array  # (N, b, t r, g, w) float32
-    C: jax.Array
-    B_bias: jax.Array  # (b, m, h, r, w) float32
-    C_bias: jax.Array
+    projections: jax.Array  # (2, N, rows, t r, g, n) float32
+    biases: jax.Array  # (2, rows, m, h, r, n) float32
     clock: jax.Array | None  # (b, h, t); None, like the next one, where the slab does not turn
-    omega: jax.Array | None  # (N g, b, t, w / 2)
+    omega: jax.Array | None  # (N g, rows, t, s)
 
 
 def _projection_kernel(
-    chunk_ref, ops: Operands, given: Given, earlier_ref, out: ProjectionGradients, *, tiling: Tiling, slab, heads: int
+    chunk, ops: Operands, given: Given, earlier, out: ProjectionGradients, *, tiling: Tiling, slab, heads: int
 ):
     """One slab, for `heads` heads of one group."""
 
@@ -268,10 +298,9 @@ def _projection_kernel(
 
     sums = (zeros(tiling.rows, slab.width),) * 2
     sums += (None if slab.pair is None else zeros(tiling.c, slab.width // 2),)
-    dB, dC, domega = over_heads(heads, chunk_ref, body, sums)
-    chunk = chunk_ref[...]
+    dB, dC, domega = over_heads(heads, chunk, tiling.interpret, body, sums)
     rows = pl.ds(chunk * tiling.rows, tiling.rows)
-    out.B[rows], out.C[rows] = dB, dC
+    out.projections[0, rows], out.projections[1, rows] = dB, dC
     if domega is not None:
         out.omega[pl.ds(chunk * tiling.c, tiling.c)] = domega
 
@@ -286,14 +315,14 @@ def _projection_gradients(ops: Operands, given: Given, out: ProjectionGradients,
     written = (v.astype(jnp.float32) * tiling.of_token(ops.exit, t0)[:, None]).astype(v.dtype)
     dk += tiling.dot(written, given.exits[slab.channels], (1, 1))
     dB, turned = _turn_back(tiling, ops.B, ops.B_bias, dk, turn, chunk, slab)
-    out.B_bias[chunk] = tiling.per_rank(dB)
+    out.biases[0, chunk] = tiling.per_rank(dB)
 
     k = tiles.project_slab(tiling, slab, _of_rows(tiling, ops.B, chunk, slab.channels), turn, ops.B_bias, ops.x.dtype)
     g = _of_rows(tiling, given.g, chunk).astype(jnp.float32)
     seen = (g * tiling.of_token(ops.entry, t0)[:, None]).astype(k.dtype)
     dq = tiling.dot(given.M[...], k) + tiling.dot(seen, given.entries[slab.channels], (1, 1))
     dC, also_turned = _turn_back(tiling, ops.C, ops.C_bias, dq, turn, chunk, slab)
-    out.C_bias[chunk] = tiling.per_rank(dC)
+    out.biases[1, chunk] = tiling.per_rank(dC)
     if turn is None:
         return dB, dC, None
 
@@ -364,35 +393,35 @@ class _Grid(NamedTuple):
         first = self.first % (length or self.rows)
         return at_heads(self.blocks_of_heads, lambda i, c, b: index(i, c, first + b))
 
-    def call(self, kernel, name: str, given: Given, out, onto: str | None = None, earlier=None, **static):
-        """Runs `kernel`; `out` holds (shape, BlockSpec) or None.
-
-        `onto` names an output of the whole batch, of which `earlier` has the rows of the parts before, None at the
-        first.
-        """
+    def call(self, kernel, label: str, given: Given, out, earlier=None, **static):
+        """Runs `kernel`; `out` holds (shape, BlockSpec) or None, and `earlier` arrays to write into, or None."""
         outs = [None if u is None else u[i] for u in out for i in (0, 1)]
         shapes, out_specs = type(out)(*outs[0::2]), type(out)(*outs[1::2])
-        operands = jnp.arange(self.chunks, dtype=jnp.int32), self.ops, given
-        aliases = {}
-        if earlier is not None:
-            present = [field for field, shape in shapes._asdict().items() if shape is not None]
-            aliases = {len(jax.tree.leaves(operands)): present.index(onto)}
+        inputs, kept, aliases = jax.tree.leaves((self.ops, given)), {}, {}
+        present = [name for name, shape in shapes._asdict().items() if shape is not None]
+        for position, name in enumerate(present):
+            array = getattr(earlier, name, None)
+            if array is None:
+                continue
+            where = next((i for i, u in enumerate(inputs) if u is array), None)
+            if where is None:
+                where, kept[name] = len(inputs) + len(kept), array
+            aliases[where] = position
         return pl.pallas_call(
-            functools.partial(kernel, tiling=self.tiling, heads=self.heads, **static),
+            given_chunk(kernel, self.blocks_of_heads, tiling=self.tiling, heads=self.heads, **static),
             grid=(self.blocks_of_heads * self.chunks, self.rows),
             in_specs=[
-                pl.BlockSpec((None,), self.at(lambda i, c, b: (c,))),
                 specs(self.ops, self.at(lambda i, c, b: (b, i, i // self.per_group), len(self.ops.x)), self.heads),
                 Given(*map(self._given_spec, given)),
-                getattr(out_specs, onto) if aliases else None,
+                [getattr(out_specs, name) for name in kept],
             ],
             out_specs=[out_specs],
             out_shape=[shapes],
             input_output_aliases=aliases,
             compiler_params=tiles.compiler_params(self.blocks.num_warps, self.blocks.stages),
             interpret=self.tiling.interpret,
-            name=name,
-        )(*operands, earlier)[0]
+            name=label,
+        )(self.ops, given, list(kept.values()))[0]
 
     def _given_spec(self, array):
         """A sequence, or one matrix a chunk."""
@@ -421,11 +450,11 @@ class _Grid(NamedTuple):
         return jax.ShapeDtypeStruct(shape, self.ops.x.dtype), self._chunk_spec(shape)
 
     def coefficient(self, length: int | None = None):
-        """(rows, h, t) or (rows, h, length)."""
-        _, t, h, _ = self.ops.x.shape
+        """(b, h, t) or (b, h, length)."""
+        b, t, h, _ = self.ops.x.shape
         length = length or t
-        spec = pl.BlockSpec((None, self.heads, length), self.at(lambda i, c, b: (b, i, 0)))
-        return jax.ShapeDtypeStruct((self.rows, h, length), jnp.float32), spec
+        spec = pl.BlockSpec((None, self.heads, length), self.at(lambda i, c, b: (b, i, 0), b))
+        return jax.ShapeDtypeStruct((b, h, length), jnp.float32), spec
 
     def per_chunk(self, operand, *shape):
         """(rows, m, h, *shape), or None without the operand."""
@@ -436,45 +465,60 @@ class _Grid(NamedTuple):
         return jax.ShapeDtypeStruct((self.rows, self.chunks, self.ops.x.shape[2], *shape), jnp.float32), spec
 
 
-def _call_output_gradients(grid: _Grid, given: Given, earlier) -> OutputGradients:
+def _call_output_gradients(grid: _Grid, given: Given, earlier: OutputGradients | None) -> OutputGradients:
     # One head to a program, as in the forward pass: what is fetched ahead needs registers that this one has not.
     grid = grid._replace(blocks=dataclasses.replace(grid.blocks, heads=1))
     ops, r = grid.ops, grid.tiling.r
-    _, t, h, p = ops.x.shape
+    b, t, h, p = ops.x.shape
     gated = ops.z is not None or ops.mimo_o is not None
+    g = jax.ShapeDtypeStruct((b if r == 1 else grid.rows, t * r, h, p), ops.x.dtype)
     mimo_z, mimo_o = (grid.per_chunk(u, r, p) for u in (ops.mimo_z, ops.mimo_o))
     out = OutputGradients(
         P=grid.squares(),
         M=grid.squares(),
-        g=grid.sequence(jax.ShapeDtypeStruct((grid.rows, t * r, h, p), ops.x.dtype)) if gated else None,
+        g=grid.sequence(g) if gated else None,
         z=grid.sequence(ops.z),
         mimo_z=mimo_z,
         mimo_o=mimo_o,
-        D=grid.per_chunk(ops.D),
+        D=None if ops.D is None else grid.coefficient(grid.chunks),
         **dict.fromkeys(("entry", "cs", "scale", "gamma"), grid.coefficient()),
     )
-    return grid.call(_kernel, "ssm_output_gradients", given, out, "z", earlier, of_head=_output_gradients)
+    return grid.call(_kernel, "ssm_output_gradients", given, out, earlier, of_head=_output_gradients)
 
 
-def _call_value_gradients(grid: _Grid, given: Given, earlier) -> ValueGradients:
+def _call_value_gradients(grid: _Grid, given: Given, earlier: ValueGradients) -> ValueGradients:
     mimo_x = grid.per_chunk(grid.ops.mimo_x, grid.tiling.r, grid.tiling.p)
     out = ValueGradients(grid.sequence(grid.ops.x), mimo_x, grid.coefficient(), grid.coefficient(grid.chunks))
-    return grid.call(_kernel, "ssm_value_gradients", given, out, "x", earlier, of_head=_value_gradients)
+    return grid.call(_kernel, "ssm_value_gradients", given, out, earlier, of_head=_value_gradients)
 
 
-def _call_projection_gradients(grid: _Grid, given: Given, slab) -> ProjectionGradients:
-    t, g, b = grid.ops.x.shape[1], grid.ops.B.shape[2], grid.rows
-    r, N, w = grid.tiling.r, grid.per_group, slab.width
+def _call_projection_gradients(
+    grid: _Grid, given: Given, slab, earlier: ProjectionGradients | None
+) -> ProjectionGradients:
+    (_, t, h, _), (g, n) = grid.ops.x.shape, grid.ops.B.shape[2:]
+    r, s, N, w = grid.tiling.r, grid.tiling.s, grid.per_group, slab.width
 
     def shared(shape, block, index):
         return jax.ShapeDtypeStruct(shape, jnp.float32), pl.BlockSpec(block, grid.at(index))
 
-    projection = shared((N, b, t * r, g, w), (None, None, t * r, None, w), lambda i, c, b: (i % N, b, 0, i // N, 0))
-    bias = grid.per_chunk(grid.ops.B_bias, r, w)
-    omega = shared((N * g, b, t, w // 2), (None, None, t, w // 2), lambda i, c, b: (i, b, 0, 0))
-    turning = (None, None) if slab.pair is None else (grid.coefficient(), omega)
-    out = ProjectionGradients(projection, projection, bias, bias, *turning)
-    return grid.call(_projection_kernel, "ssm_projection_gradients", given, out, slab=slab)
+    # A slab's place on the axis of channels, counted in slabs.
+    place = slab.start // w
+    projections = shared(
+        (2, N, grid.rows, t * r, g, n),
+        (2, None, None, t * r, None, w),
+        lambda i, c, b: (0, i % N, b, 0, i // N, place),
+    )
+    biases = shared(
+        (2, grid.rows, grid.chunks, h, r, n),
+        (2, None, grid.chunks, grid.heads, r, w),
+        lambda i, c, b: (0, b, 0, i, 0, place),
+    )
+    turning = (None, None)
+    if slab.pair is not None:
+        omega = shared((N * g, grid.rows, t, s), (None, None, t, w // 2), lambda i, c, b: (i, b, 0, place))
+        turning = grid.coefficient(), omega
+    out = ProjectionGradients(projections, biases, *turning)
+    return grid.call(_projection_kernel, "ssm_projection_gradients", given, out, earlier, slab=slab)
 
 
 def _start_angles(entries, exits, h0, last, dh0, dlast, tiling: Tiling) -> jax.Array:
@@ -500,19 +544,17 @@ def backward(
     """Gradients of the operands and of h0, from those of y and of the last state.
 
     One part of the batch after the other, so that what kernels hand each other takes the memory of a part: as many rows
-    as fill the GPU, of the serial kernels and of the others.
+    as keep the GPU busy (WAVES), and of the serial kernels as fill it.
     """
     b, t, h, _ = ops.x.shape
     chunks, of_heads = t // tiling.c, _Grid(ops, 0, b, tiling, blocks).blocks_of_heads
-    at_once = rows_at_once(b, of_heads * chunks, blocks.programs)
+    at_once = rows_at_once(b, of_heads * chunks, WAVES * blocks.programs)
     serial = rows_at_once(b, h * segments, blocks.programs, at_once)
-    # The first two are of the whole batch and handed on, each time with more rows written.
-    dx = dz = None
-    grads: list[Operands] = []
+    whole, sums = None, []
     states = []
     for first in range(0, b, at_once):
         # Waits for the part before, whose memory it takes over, and the first for dy: XLA would begin all at once.
-        dx, dz, grads, dy, h0 = lax.optimization_barrier((dx, dz, grads, dy, h0))
+        whole, sums, dy, h0 = lax.optimization_barrier((whole, sums, dy, h0))
         if first % serial == 0:
             mine = slice(first, first + serial)
             entries, _ = entry_states(ops, h0[mine], tiling, segments, blocks, first)
@@ -521,18 +563,65 @@ def backward(
             if tiling.s:
                 theta0 = _start_angles(entries, exits, h0[mine], last[mine], dh0, dlast[mine], tiling)
             states.append((dh0, theta0))
-        own = _gradients(_Grid(ops, first, at_once, tiling, blocks), entries, exits, dy, dx, dz)
-        dx, dz = own.x, own.z
-        grads.append(own._replace(x=None, z=None))
+        whole, own = _gradients(_Grid(ops, first, at_once, tiling, blocks), entries, exits, dy, whole)
+        sums.append(own)
     dh0, theta0 = jax.tree.map(lambda *parts: jnp.concatenate(parts), *states)
-    joined = {name: _join(name, [getattr(own, name) for own in grads]) for name in Operands._fields}
-    joined = Operands(**joined | dict(x=dx, z=dz, theta0=theta0))
+    projections, omega = (
+        None if u[0] is None else jnp.concatenate(u, axis) for u, axis in zip(list(zip(*sums))[:2], (1, 0))
+    )
+    biases, mimo_x, mimo_z, mimo_o = (None if u[0] is None else sum(u) for u in list(zip(*sums))[2:])
+    outputs, values, clocks = whole
+    grads = Operands(
+        x=values.x,
+        z=outputs.z,
+        B=projections[0],
+        C=projections[1],
+        B_bias=biases[0],
+        C_bias=biases[1],
+        D=None if ops.D is None else jnp.sum(outputs.D, axis=(0, 2)),
+        mimo_x=mimo_x,
+        mimo_z=mimo_z,
+        mimo_o=mimo_o,
+        coarse=outputs.cs,
+        fine=None if ops.fine is None else outputs.cs,
+        entry=outputs.entry,
+        exit=values.exit,
+        through=values.through,
+        scale=outputs.scale,
+        gamma=outputs.gamma,
+        clock=sum(clocks) if clocks else jnp.zeros_like(ops.clock),
+        omega=omega,
+        theta0=theta0,
+        segment_ids=None,
+    )
     like = ops._replace(segment_ids=None)
-    return jax.tree.map(lambda grad, operand: grad.astype(operand.dtype), joined, like), dh0
+    return jax.tree.map(lambda grad, operand: grad.astype(operand.dtype), grads, like), dh0
+
+
+class _Whole(NamedTuple):
+    """Gradients of the whole batch, as far as the parts have come; what is of a part only is None."""
+
+    outputs: OutputGradients
+    values: ValueGradients
+    clocks: list[jax.Array]  # a slab each
+
+
+class _Sums(NamedTuple):
+    """Of one part, summed over its programs."""
+
+    projections: jax.Array  # (2, rows, t r, g, n)
+    omega: jax.Array | None  # (rows, t, s)
+    biases: jax.Array  # (2, h, r, n)
+    mimo_x: jax.Array | None  # (h, r, p)
+    mimo_z: jax.Array | None
+    mimo_o: jax.Array | None
 
 
 # Each has kernels of its own to compile.
 MOST_PARTS = 4
+# A part has at least so many programs for each that the GPU runs at once. At block_sizes.py's shape four parts with one
+# each took 4.2 ms where the whole takes 3.85, forward and backward; MIMO's, which have four there, 3% more.
+WAVES = 4
 
 
 def rows_at_once(b: int, programs_per_row: int, programs: int, multiple_of: int = 1) -> int:
@@ -541,49 +630,44 @@ def rows_at_once(b: int, programs_per_row: int, programs: int, multiple_of: int 
     return next((rows for rows in parts if rows * programs_per_row >= programs), b)
 
 
-def _join(name: str, parts: list[jax.Array | None]) -> jax.Array | None:
-    """A gradient of the whole batch."""
-    if parts[0] is None:
-        return None
-    return jnp.concatenate(parts) if AXES[name][0] == "b" else sum(parts)
-
-
-def _gradients(grid: _Grid, entries, exits, dy, dx, dz) -> Operands:
-    """Those of the grid's rows, but for theta0; dx and dz of the whole batch, None before any row is written."""
-    ops, tiling, blocks = grid.ops, grid.tiling, grid.blocks
-    outputs = _call_output_gradients(grid, Given(dy=dy, entries=entries), dz)
+def _gradients(grid: _Grid, entries, exits, dy, earlier: _Whole | None) -> tuple[_Whole, _Sums]:
+    """Those of the grid's rows, written into what the parts before wrote; but for theta0."""
+    ops, tiling = grid.ops, grid.tiling
+    slabs = tiles.slabs(tiling, grid.blocks.turning_slab)
+    outputs, values, clocks = earlier or (None, None, [None for slab in slabs if slab.pair is not None])
+    # g is written where dx will be.
+    in_place = tiling.r == 1 and ops.z is not None
+    onto = None if outputs is None else outputs._replace(g=values.x if in_place else None)
+    outputs = _call_output_gradients(grid, Given(dy=dy, entries=entries), onto)
     g = dy if outputs.g is None else outputs.g
-    of_values = _call_value_gradients(grid, Given(g=g, P=outputs.P, entries=entries, exits=exits), dx)
-    given = Given(g=g, M=outputs.M, entries=entries, exits=exits)
-    slabs = tiles.slabs(tiling, blocks.turning_slab)
-    projections = [_call_projection_gradients(grid, given, slab) for slab in slabs]
 
-    def joined(name: str, over) -> jax.Array:
-        """Of the slabs that have it."""
-        parts = [getattr(one, name) for one in projections if getattr(one, name) is not None]
-        return jnp.concatenate([jnp.sum(part, axis=over) for part in parts], axis=-1)
+    given, parts, clocks = Given(g=g, M=outputs.M, entries=entries, exits=exits), None, list(clocks)
+    for i, slab in enumerate(slabs):
+        onto = None
+        if earlier is not None or parts is not None:
+            onto = parts or ProjectionGradients(None, None, None, None)
+            onto = onto._replace(clock=clocks[i] if slab.pair is not None else None)
+        own = _call_projection_gradients(grid, given, slab, onto)
+        if slab.pair is not None:
+            clocks[i] = own.clock
+        parts = own if parts is None else own._replace(omega=parts.omega if own.omega is None else own.omega)
 
-    return Operands(
-        x=of_values.x,
-        z=outputs.z,
-        B=joined("B", 0),
-        C=joined("C", 0),
-        B_bias=joined("B_bias", (0, 1)),
-        C_bias=joined("C_bias", (0, 1)),
-        D=None if ops.D is None else jnp.sum(outputs.D, axis=(0, 1)),
-        **{
-            name: None if u is None else jnp.sum(u, axis=(0, 1))
-            for name, u in dict(mimo_x=of_values.mimo_x, mimo_z=outputs.mimo_z, mimo_o=outputs.mimo_o).items()
-        },
-        coarse=outputs.cs,
-        fine=None if ops.fine is None else outputs.cs,
-        entry=outputs.entry,
-        exit=of_values.exit,
-        through=of_values.through,
-        scale=outputs.scale,
-        gamma=outputs.gamma,
-        clock=sum((u.clock for u in projections if u.clock is not None), jnp.zeros((grid.rows, *ops.clock.shape[1:]))),
-        omega=joined("omega", 0) if tiling.s else None,
-        theta0=None,
-        segment_ids=None,
+    # After all that read g.
+    parts, g, P = lax.optimization_barrier((parts, g, outputs.P))
+    values = (values or ValueGradients(*(None,) * 4))._replace(mimo_x=None)
+    if in_place:
+        values = values._replace(x=g)
+    values = _call_value_gradients(grid, Given(g=g, P=P, entries=entries, exits=exits), values)
+
+    def over(array, *axes):
+        return None if array is None else jnp.sum(array, axes)
+
+    dtype = jnp.result_type(ops.B, ops.C)
+    sums = _Sums(
+        over(parts.projections, 1).astype(dtype),
+        over(parts.omega, 0),
+        over(parts.biases, 1, 2),
+        *(over(u, 0, 1) for u in (values.mimo_x, outputs.mimo_z, outputs.mimo_o)),
     )
+    outputs = outputs._replace(P=None, M=None, g=None, mimo_z=None, mimo_o=None)
+    return _Whole(outputs, values._replace(mimo_x=None), clocks), sums

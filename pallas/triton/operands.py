@@ -6,6 +6,8 @@ import jax
 from jax import lax
 from jax.experimental import pallas as pl
 
+from pallas.triton import ptx
+
 
 class Operands(NamedTuple):
     """What the SSM reads, as the layer wrote it; None is absent.
@@ -108,18 +110,23 @@ def at_heads(h: int, index):
     return lambda i, b: index(i % h, i // h, b)
 
 
+def given_chunk(kernel, h: int, **static):
+    """kernel(chunk or segment of the program, *refs, **static), for a grid as in `at_heads`."""
+    return lambda *refs: kernel(pl.program_id(0) // h, *refs, **static)
+
+
 def heads_per_program(h: int, g: int, most: int) -> int:
     """The most heads, up to `most`, that divide a group."""
     return max(k for k in range(1, most + 1) if (h // g) % k == 0)
 
 
-def over_heads(heads: int, chunk_ref, body, carry=None):
+def over_heads(heads: int, chunk, interpret: bool, body, carry=None):
     """body(head, chunk, carry) -> carry, for every head of a program.
 
-    A loop, because only in loops are loads fetched ahead. The chunk is read inside although it never changes: addresses
-    that depend on it are then made where they are used. Made before the loop, they would fill the registers.
+    A loop, because only in loops are loads fetched ahead. To the compiler the chunk varies: addresses that depend on it
+    are then made where they are used. Made before the loop, they would fill the registers.
     """
-    return lax.fori_loop(0, heads, lambda head, carry: body(head, chunk_ref[...], carry), carry)
+    return lax.fori_loop(0, heads, lambda head, carry: body(head, ptx.varying(chunk, head, interpret), carry), carry)
 
 
 class OfHead:

@@ -56,3 +56,18 @@ def sigmoid(u: jax.Array, interpret: bool) -> jax.Array:
     if interpret:
         return jax.nn.sigmoid(u)
     return reciprocal(1 + exp2(u * -LOG2_E, interpret=False), interpret=False)
+
+
+def varying(value: jax.Array, index: jax.Array, interpret: bool) -> jax.Array:
+    """An int32 that never changes, which the compiler takes to depend on a loop's index."""
+    if interpret:
+        return value
+    # Of one element each, for the lowering gives no number back; the sum makes one of it.
+    moved = plgpu.elementwise_inline_asm(
+        "mov.b32 $0, $1;",
+        args=[jnp.full((1,), u, jnp.int32) for u in (value, index)],
+        constraints="=r,r,r",
+        pack=1,
+        result_shape_dtypes=[jax.ShapeDtypeStruct((1,), jnp.int32)],
+    )[0]
+    return jnp.sum(moved)
