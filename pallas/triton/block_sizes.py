@@ -16,10 +16,24 @@ forward 0.93, forward + backward 4.02). The kernels alone, without what api.py p
     0.69   3.2   scores of a chunk made once, by the kernel of the gates' gradients, and read by the others as P and
                  M; states of the forward pass kept; dq and dk together, 32 turning channels at a time: no spills
                  (sums of kernels' times by the profiler; the row before, so measured: 0.69 and 3.8)
-    -     -      states made again by the backward pass (0.21), which takes the batch in up to four parts: not
-                 timed, 3.4 is predicted. By the compiler, with y there before dy, 1.32 GB instead of 1.81, 1.15 at
-                 n=64, MIMO 2.57; 7.17 as before at b=1 t=65536. Less than 256 programs at once, or more parts than
-                 four, would need still less memory; every part has kernels of its own to compile
+    0.70   3.4   states made again by the backward pass (0.21), nothing kept of them; one part of the batch after the
+                 other. By the compiler at b=8 1 / 2 / 4 parts take 1.80 / 1.40 / 1.32 GB and, timed with XLA's share,
+                 3.85 / 4.06 / 4.22 ms (MIMO 5.27 / 3.20 / 2.67 GB and 18.4 / 18.7 / 19.0 ms): small kernels and their
+                 ends cost more than the parts save there, so SISO takes them from four waves of programs on
+    0.59   3.2   the outputs' entry states read first of all, 0.38 instead of 0.48; MIMO's serial kernels load the next
+                 chunk by hand, where the compiler fetches nothing ahead: states 1.02 instead of 1.14, at n=64 0.70
+                 instead of 1.32. Chunk numbers of the other kernels off the grid, their outputs written into arrays of
+                 the whole batch, g where dx will be: 70 launches instead of 121 in four parts, 41 in one
+
+    Of this last round, kernels alone: outputs 0.38 if the chunk's number comes from memory, 0.47 if from the grid, the
+    instructions being the same but for that load (n=64: 0.32 and 0.33); not understood. In the gradients of the outputs
+    it makes no difference, nor does reading the entries first (n=64: 0.68 against 0.72; MIMO 3.78 against 3.71).
+    one program of outputs through two chunks, the states written of every other one (a quarter fewer bytes): 0.57 for
+    two unrolled, 0.86 to 0.91 in loops that fetch ahead (130 spills); MIMO 2.5 for two, 3.6 to 5.3 for four
+    states as (p, n): states 0.24 against 0.22, adjoints twice as long; at n=64 states 0.18 against 0.20, MIMO's 0.62
+    against 0.70, adjoints 0.69 against 0.81 (MIMO), 0.23 against 0.20 (SISO); outputs read either order alike
+    MIMO's adjoints with z loaded ahead as well: 1.33 against 1.21 (51 spills); SISO's states by hand 0.26 against 0.22
+    programs of 32 heads: 0.04 GB less, as fast; of 8: 3% slower; XLA's command buffers: no difference
 
     Of the outputs' 0.51 ms reading and writing alone take 0.26 (a kernel that does nothing else). Left out one at a
     time: turns 0.47, the state's share 0.42, decays 0.45, gate 0.46, the cumulative sum of angles 0.54. So half of it
@@ -64,10 +78,12 @@ would need 135 at n=256, 125 at p=128 and has 101; an A100 would need 184 at n=2
 serial loads and no others n=256 p=128 takes 100. MIMO r=4, forward and forward + backward with what XLA adds: 3.3 and
 17.1 (before P and M 3.2 and 21.4; with loads fetched ahead 3.8, 32.4).
 
-Next: the gradients move 0.27 MB a tile of 64 tokens, a third of it states: the sums over heads of the slabs that turn
-keep their kernels from being one (registers), and the outputs' gradients run at a third of what the schedulers could
-issue, two programs to a multiprocessor. Hopper's bulk copies need no registers for what is under way; Mosaic GPU has
-them. A row of 65536 tokens is not cut: its states, P, M and g are 3.8 of 7.2 GB; a few heads at a time would take less.
+Next: of 3.8 ms forward + backward the kernels take 3.2 and what XLA adds 0.36, a quarter of it to read the states for
+what turns receive from later chunks; gaps between 41 launches are the rest. The gradients move 0.27 MB a tile of 64
+tokens, a third of it states: the sums over heads of the slabs that turn keep their kernels from being one (registers),
+and the outputs' gradients run at a third of what the schedulers could issue, two programs to a multiprocessor. Hopper's
+bulk copies need no registers for what is under way; Mosaic GPU has them. A row of 65536 tokens is not cut: its states,
+P, M and g are 3.8 of 7.2 GB; a few heads at a time would take less.
 """
 
 import dataclasses
