@@ -213,6 +213,9 @@ def test_rows_at_once_fill_the_gpu_and_divide_the_batch():
     assert backward.rows_at_once(6, 60, 256) == backward.rows_at_once(12, 60, 256) == 6
     assert backward.rows_at_once(3, 60, 256) == 3
     assert backward.rows_at_once(1, 4096, 256) == 1
+    # Of 8 rows of 2048 tokens and 64 heads, 16 to a program: SISO has too few programs to be cut, MIMO of rank 4 not.
+    waves = backward.WAVES * default_block_sizes(1, 64, 128, jnp.bfloat16, "9.0").programs
+    assert [backward.rows_at_once(8, 4 * chunks, waves) for chunks in (32, 128)] == [8, 2]
 
 
 @pytest.mark.parametrize("variant", FORWARD_VARIANTS)
