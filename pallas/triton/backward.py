@@ -3,23 +3,11 @@
     states        h, that every chunk starts from, as in the forward pass
     adjoints      dS <- through dS + sum_i entry_i q_i g_i^T, from chunk to chunk in reverse     (as forward's states)
     outputs       every chunk by itself: g, P and M for the kernels below; dz, dD, dentry, dcs, dscale, dgamma
-    values        every chunk by itself: dx, dexit, dthrough
     projections   every chunk and slab of the state by itself: dB, dC, their biases', and what the angles receive
+    values        every chunk by itself: dx, where g lay, dexit, dthrough
 
-Apart, because what does not fit the registers costs more than what is made twice; but the scores of a chunk are made
-once, for a matrix read is cheaper than its exponentials. With g = dy silu(z), X = g v^T, Y = q k^T, dS the adjoint of
-the state at a chunk's end, E_ij = exp(cs_i - cs_j) for i later than j, W as in tiles.py, M = W X, and P = W Y with D
-added on its diagonal:
-
-    o  = P v + entry q h          dz = dy o silu'(z)              dD = sum_i X_ii
-    dq = M k + entry g h^T        dk = M^T q + exit v dS^T        dv = P^T g + exit k dS
-    dentry_i = g_i.(q_i h)        dexit_j = v_j.(k_j dS)          dthrough = <dS, h>
-    dscale_j = sum_i (E X Y)_ij   dgamma_i = (X Y)_ii             dcs_j = sum_i (E X Y scale)_ji - scale_j dscale_j
-    dtheta = q x dq + k x dk per turning pair, whose reverse cumulative sum is what each token's turn receives
-
-dB, dC and domega are summed over a program's heads in a fixed order, and over programs outside. What the coefficients
-receive is handed on by the derivative of plain jnp (operands.py), and so is what a turn receives from later chunks:
-theta0 takes the sum of each chunk's dtheta, read off the states (`_start_angles`).
+What each computes is in gradient_kernels.py. The batch is gone through in parts, whose kernels write into arrays of the
+whole batch.
 """
 
 import dataclasses
@@ -31,324 +19,20 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
+from pallas.triton import gradient_kernels as kernels
 from pallas.triton import tiles
 from pallas.triton.block_sizes import BlockSizes
-from pallas.triton.forward import call_serial, entry_states, gate, over_chunks, scan_segments, values
-from pallas.triton.operands import (
-    OfHead,
-    Operands,
-    at_head,
-    at_heads,
-    given_chunk,
-    heads_per_program,
-    over_heads,
-    specs,
-)
+from pallas.triton.forward import call_serial, entry_states, scan_segments
+from pallas.triton.gradient_kernels import Given, OutputGradients, ProjectionGradients, ValueGradients
+from pallas.triton.operands import Operands, at_heads, given_chunk, heads_per_program, specs
 from pallas.triton.tiles import Tiling
-
-
-def _adjoint_kernel(
-    segment,
-    ops: Operands,
-    dy_ref,
-    dS_ref,
-    exits_ref,
-    start_ref,
-    through_ref,
-    *,
-    tiling: Tiling,
-    chunks: int,
-    ahead: bool,
-):
-    """As forward's _state_kernel, in reverse: dS (n, p) enters at the segment's end and leaves at its start."""
-    last = (segment + 1) * chunks - 1
-    slabs = tiles.slabs(tiling)
-
-    def load(i):
-        t0 = (last - i) * tiling.c
-        return tiles.load_slabs(tiling, ops.C, t0), _read(tiling, ops, dy_ref, t0)
-
-    def step(i, carry, loaded):
-        (dS, through), (C, dy) = carry, loaded
-        chunk = last - i
-        t0 = chunk * tiling.c
-        g = _gated(tiling, ops, dy, t0)
-        if exits_ref is not None:
-            for slab, u in zip(slabs, dS):
-                exits_ref[chunk, slab.channels] = u.astype(exits_ref.dtype)
-        q = tiles.project(tiling, C, ops.C_bias, tiles.turns(tiling, ops, chunk), ops.x.dtype)
-        seen = (g * tiling.of_token(ops.entry, t0)[:, None]).astype(ops.x.dtype)
-        kept = ops.through[chunk]
-        return [u * kept + tiling.dot(q_, seen, (0, 0)) for u, q_ in zip(dS, q)], through * kept
-
-    end = [dS_ref[slab.channels] for slab in slabs], jnp.float32(1)
-    dS, through = over_chunks(chunks, load, step, end, ahead)
-    for slab, u in zip(slabs, dS):
-        start_ref[slab.channels] = u
-    through_ref[...] = through
-
-
-def _read(tiling: Tiling, ops: Operands, dy_ref, t0):
-    """dy as it lies in memory, of MIMO repeated for the ranks where they were contracted; (rows, p)."""
-    if ops.mimo_o is None:
-        return dy_ref[pl.ds(t0 * tiling.r, tiling.rows)]
-    return tiling.of_token(dy_ref, t0, slice(None))
-
-
-def _of_ranks(tiling: Tiling, ops: Operands, dy):
-    """dy before the contraction of ranks, in float32."""
-    dy = dy.astype(jnp.float32)
-    return dy if ops.mimo_o is None else dy * tiling.of_rank(ops.mimo_o, slice(None))
-
-
-def _gated(tiling: Tiling, ops: Operands, dy, t0):
-    """g, (rows, p) in float32."""
-    g = _of_ranks(tiling, ops, dy)
-    if ops.z is None:
-        return g
-    u = gate(tiling, ops, tiling.of_token(ops.z, t0, slice(None)))
-    return g * (u * tiling.sigmoid(u))
-
-
-class Given(NamedTuple):
-    """What a kernel of the gradients is given beside the operands, None what it does not need; m chunks.
-
-    Of all these b is the grid's rows or more (see `_Grid`), as of what the kernels write.
-    """
-
-    dy: jax.Array | None = None
-    g: jax.Array | None = None  # (b, t r, h, p) in the dtype of x, like the next four
-    P: jax.Array | None = None  # (b, h, m, rows, rows)
-    M: jax.Array | None = None
-    entries: jax.Array | None = None  # (b, h, m, n, p)
-    exits: jax.Array | None = None
-
-
-# Where refs keep the block's heads, beside the batch; None: they are shared by the heads.
-_HEAD_AXES = dict(
-    dy=1, g=1, P=0, M=0, entries=0, exits=0,
-    x=1, mimo_x=1, exit=0, through=0, z=1, mimo_z=1, mimo_o=1, entry=0, D=0, cs=0, scale=0, gamma=0,
-    projections=None, biases=2, clock=0, omega=None,
-)  # fmt: skip
-
-
-def _at_head(refs, head):
-    """What is given or written, of one head, from refs to a block of heads."""
-    return type(refs)(**{
-        name: ref if ref is None or _HEAD_AXES[name] is None else OfHead(ref, _HEAD_AXES[name], head)
-        for name, ref in refs._asdict().items()
-    })  # fmt: skip
-
-
-def _kernel(chunk, ops: Operands, given: Given, earlier, out, *, of_head, tiling: Tiling, heads: int):
-    """`of_head(ops, given, out, chunk, tiling)` of one chunk of one row, for `heads` heads of one group."""
-
-    def body(head, chunk, _):
-        of_head(at_head(ops, head), _at_head(given, head), _at_head(out, head), chunk, tiling)
-
-    over_heads(heads, chunk, tiling.interpret, body)
-
-
-class OutputGradients(NamedTuple):
-    """What the kernel of the outputs writes; None where the operand is absent.
-
-    Sums over the tokens of a chunk (mimo_*, D) are finished outside. P, M, and mimo_* are of a part of the batch, and
-    so is g where ranks make it larger than x, whose gradient takes its place else.
-    """
-
-    P: jax.Array  # (rows, h, m, r c, r c) in the dtype of x
-    M: jax.Array
-    g: jax.Array | None  # (b, t r, h, p) in the dtype of x; None where it is dy
-    z: jax.Array | None  # (b, t, h, p)
-    mimo_z: jax.Array | None  # (rows, m, h, r, p)
-    mimo_o: jax.Array | None
-    D: jax.Array | None  # (b, h, m)
-    entry: jax.Array  # (b, h, t)
-    cs: jax.Array
-    scale: jax.Array
-    gamma: jax.Array
-
-
-def _output_gradients(ops: Operands, given: Given, out: OutputGradients, chunk, tiling: Tiling) -> None:
-    """One head: X and Y under their weights with their sums against the decays, then what the read receives."""
-    t0 = chunk * tiling.c
-    tokens, rows = pl.ds(t0, tiling.c), pl.ds(t0 * tiling.r, tiling.rows)
-    dtype = ops.x.dtype
-    slabs = tiles.slabs(tiling)
-    h = [given.entries[slab.channels] for slab in slabs]
-    B, C = tiles.load_slabs(tiling, ops.B, t0), tiles.load_slabs(tiling, ops.C, t0)
-    turns = tiles.turns(tiling, ops, chunk)
-    q = tiles.project(tiling, C, ops.C_bias, turns, dtype)
-    k = tiles.project(tiling, B, ops.B_bias, turns, dtype)
-    v = values(tiling, ops, t0)
-    g = _gated(tiling, ops, _read(tiling, ops, given.dy, t0), t0).astype(dtype)
-    X = tiling.dot(g, v, (1, 1))
-    Y = sum(tiling.dot(q_, k_, (1, 1)) for q_, k_ in zip(q, k))
-    E = tiles.later(tiling, ops, t0)
-    W = tiles.weights(tiling, ops, t0, E)
-    P = tiles.weighted(tiling, ops, W, Y).astype(dtype)
-    out.P[...] = P
-    out.M[...] = (W * X).astype(dtype)
-    XY = X * Y
-    EXY = E * XY
-    dscale = tiling.per_token(jnp.sum(EXY, axis=0))
-    received = tiling.per_token(jnp.sum(EXY * tiling.of_token(ops.scale, t0)[None, :], axis=1))
-    out.scale[tokens] = dscale
-    out.cs[tokens] = received - ops.scale[tokens] * dscale
-    i, j = tiles.row_and_column(tiling)
-    out.gamma[tokens] = tiling.per_token(jnp.sum(jnp.where(i == j, XY, 0), axis=1))
-    if ops.D is not None:
-        i, j = (lax.broadcasted_iota(jnp.int32, X.shape, axis) for axis in (0, 1))
-        out.D[chunk] = jnp.sum(jnp.sum(jnp.where(i == j, X, 0), axis=1))
-
-    # dy and z are read again: kept from above they would fill the registers.
-    o = tiling.dot(P, v)
-    o_entry = sum(tiling.dot(q_, h_) for h_, q_ in zip(h, q))
-    dy = _of_ranks(tiling, ops, _read(tiling, ops, given.dy, t0))
-    swish, slope = _swish(tiling, ops, t0, o)
-    g = dy * swish
-    if out.g is not None:
-        out.g[rows] = g.astype(dtype)
-    out.entry[tokens] = tiling.per_token(jnp.sum(g * o_entry, axis=1))
-    o = tiling.fma(tiling.of_token(ops.entry, t0)[:, None], o_entry, o)
-    if ops.mimo_o is not None:
-        read = tiling.of_token(given.dy, t0, slice(None)).astype(jnp.float32) * (o * swish)
-        out.mimo_o[chunk] = tiling.per_rank(read)
-    if ops.z is None:
-        return
-    dz = dy * slope * o
-    if ops.mimo_z is not None:
-        out.mimo_z[chunk] = tiling.per_rank(dz * tiling.of_token(ops.z, t0, slice(None)).astype(jnp.float32))
-        dz *= tiling.of_rank(ops.mimo_z, slice(None))
-    out.z[tokens] = tiling.per_token(dz).astype(out.z.dtype)
-
-
-def _swish(tiling: Tiling, ops: Operands, t0, o):
-    """The gate's factor of the read o and its slope, (rows, p) in float32, or 1."""
-    if ops.z is None:
-        return 1.0, None
-    u = gate(tiling, ops, tiling.of_token(ops.z, t0, slice(None)))
-    # 0 o ties the gate to o's registers: the compiler would else redo it for every operand it lays out differently.
-    sigmoid = tiling.fma(0.0 * o, 1.0, tiling.sigmoid(u))
-    swish = u * sigmoid
-    return swish, tiling.fma(swish, 1 - sigmoid, sigmoid)
-
-
-class ValueGradients(NamedTuple):
-    """What the kernel of the values writes; None where the operand is absent.
-
-    Sums over the tokens of a chunk (mimo_x) are finished outside.
-    """
-
-    x: jax.Array  # (b, t, h, p)
-    mimo_x: jax.Array | None  # (b, m, h, r, p)
-    exit: jax.Array  # (b, h, t)
-    through: jax.Array  # (b, h, m)
-
-
-def _value_gradients(ops: Operands, given: Given, out: ValueGradients, chunk, tiling: Tiling) -> None:
-    """One head."""
-    t0 = chunk * tiling.c
-    slabs = tiles.slabs(tiling)
-    B = tiles.load_slabs(tiling, ops.B, t0)
-    v = values(tiling, ops, t0)
-    k = tiles.project(tiling, B, ops.B_bias, tiles.turns(tiling, ops, chunk), v.dtype)
-    dv = tiling.dot(given.P[...], _of_rows(tiling, given.g, chunk), (0, 0))
-    k_exit = sum(tiling.dot(k_, given.exits[slab.channels]) for slab, k_ in zip(slabs, k))
-    out.exit[pl.ds(t0, tiling.c)] = tiling.per_token(jnp.sum(v.astype(jnp.float32) * k_exit, axis=1))
-    dv = tiling.fma(tiling.of_token(ops.exit, t0)[:, None], k_exit, dv)
-    if ops.mimo_x is not None:
-        x = tiling.of_token(ops.x, t0, slice(None)).astype(jnp.float32)
-        out.mimo_x[chunk] = tiling.per_rank(dv * x)
-        dv *= tiling.of_rank(ops.mimo_x, slice(None))
-    out.x[pl.ds(t0, tiling.c)] = tiling.per_token(dv).astype(out.x.dtype)
-    states = ((u[slab.channels].astype(jnp.float32) for u in (given.entries, given.exits)) for slab in slabs)
-    out.through[chunk] = sum(jnp.sum(jnp.sum(h * dS, axis=1)) for h, dS in states)
-
-
-def _of_rows(tiling: Tiling, ref, chunk, *rest):
-    """A chunk of (t r, ...)."""
-    return ref[(pl.ds(chunk * tiling.rows, tiling.rows), *rest)]
-
-
-class ProjectionGradients(NamedTuple):
-    """What the kernel of one slab of the projections writes: its channels of all; N programs per group.
-
-    B and C, and their biases, lie in one array. Sums over the tokens of a chunk (biases) and over blocks of heads are
-    finished outside.
-    """
-
-    projections: jax.Array  # (2, N, rows, t r, g, n) float32
-    biases: jax.Array  # (2, rows, m, h, r, n) float32
-    clock: jax.Array | None  # (b, h, t); None, like the next one, where the slab does not turn
-    omega: jax.Array | None  # (N g, rows, t, s)
-
-
-def _projection_kernel(
-    chunk, ops: Operands, given: Given, earlier, out: ProjectionGradients, *, tiling: Tiling, slab, heads: int
-):
-    """One slab, for `heads` heads of one group."""
-
-    def body(head, chunk, sums):
-        one = at_head(ops, head), _at_head(given, head), _at_head(out, head)
-        return jax.tree.map(jnp.add, sums, _projection_gradients(*one, chunk, tiling, slab))
-
-    def zeros(*shape):
-        return jnp.zeros(shape, jnp.float32)
-
-    sums = (zeros(tiling.rows, slab.width),) * 2
-    sums += (None if slab.pair is None else zeros(tiling.c, slab.width // 2),)
-    dB, dC, domega = over_heads(heads, chunk, tiling.interpret, body, sums)
-    rows = pl.ds(chunk * tiling.rows, tiling.rows)
-    out.projections[0, rows], out.projections[1, rows] = dB, dC
-    if domega is not None:
-        out.omega[pl.ds(chunk * tiling.c, tiling.c)] = domega
-
-
-def _projection_gradients(ops: Operands, given: Given, out: ProjectionGradients, chunk, tiling: Tiling, slab):
-    """One head: writes what is its own, returns its shares of dB, dC and domega."""
-    t0 = chunk * tiling.c
-    turn = tiles.turn(tiling, ops, chunk, slab)
-    q = tiles.project_slab(tiling, slab, _of_rows(tiling, ops.C, chunk, slab.channels), turn, ops.C_bias, ops.x.dtype)
-    v = values(tiling, ops, t0)
-    dk = tiling.dot(given.M[...], q, (0, 0))
-    written = (v.astype(jnp.float32) * tiling.of_token(ops.exit, t0)[:, None]).astype(v.dtype)
-    dk += tiling.dot(written, given.exits[slab.channels], (1, 1))
-    dB, turned = _turn_back(tiling, ops.B, ops.B_bias, dk, turn, chunk, slab)
-    out.biases[0, chunk] = tiling.per_rank(dB)
-
-    k = tiles.project_slab(tiling, slab, _of_rows(tiling, ops.B, chunk, slab.channels), turn, ops.B_bias, ops.x.dtype)
-    g = _of_rows(tiling, given.g, chunk).astype(jnp.float32)
-    seen = (g * tiling.of_token(ops.entry, t0)[:, None]).astype(k.dtype)
-    dq = tiling.dot(given.M[...], k) + tiling.dot(seen, given.entries[slab.channels], (1, 1))
-    dC, also_turned = _turn_back(tiling, ops.C, ops.C_bias, dq, turn, chunk, slab)
-    out.biases[1, chunk] = tiling.per_rank(dC)
-    if turn is None:
-        return dB, dC, None
-
-    tokens = pl.ds(t0, tiling.c)
-    dtheta = tiling.per_token(turned + also_turned)
-    # The reverse cumulative sum, of which Triton has the forward one only.
-    received = jnp.sum(dtheta, axis=0)[None, :] - jnp.cumsum(dtheta, axis=0) + dtheta
-    out.clock[tokens] = jnp.sum(received * ops.omega[tokens, slab.pairs], axis=1)
-    return dB, dC, received * ops.clock[tokens][:, None]
-
-
-def _turn_back(tiling: Tiling, ref, bias_ref, du, turn, chunk, slab):
-    """From dk or dq: the gradient before the rotation, and what the angle receives, None without one."""
-    back = tiles.rotate_back(tiling, du, turn)
-    if turn is None:
-        return back, None
-    raw = tiles.biased(tiling, _of_rows(tiling, ref, chunk, slab.channels), bias_ref, slab)
-    (a, b), (da, db) = tiles.pairs_of(raw), tiles.pairs_of(back)
-    return back, tiling.fma(a, db, -(b * da))
 
 
 def _exit_adjoints(ops: Operands, dy, dlast, first: int, tiling: Tiling, segments: int, blocks: BlockSizes):
     """Adjoints of every chunk's state on exit (b, h, chunks, n, p) in the dtype of x, and that of h0 in float32, of the
     rows from `first` on that dlast has."""
     how = dict(tiling=tiling, blocks=blocks, first=first)
-    call = functools.partial(call_serial, _adjoint_kernel, "ssm_adjoints", ops, (dy,), **how)
+    call = functools.partial(call_serial, kernels.adjoint_kernel, "ssm_adjoints", ops, (dy,), **how)
     ends = dlast[:, :, None]
     if segments > 1:
         from_zero = jnp.zeros((*dlast.shape[:2], segments, *dlast.shape[2:]), jnp.float32)
@@ -387,6 +71,11 @@ class _Grid(NamedTuple):
     @property
     def chunks(self) -> int:
         return self.ops.x.shape[1] // self.tiling.c
+
+    @property
+    def gated(self) -> bool:
+        """Whether g is not dy."""
+        return self.ops.z is not None or self.ops.mimo_o is not None
 
     def at(self, index, length: int | None = None):
         """index(block of heads, chunk, row), from the grid's axes, in an array of `length` rows or only the grid's."""
@@ -470,26 +159,25 @@ def _call_output_gradients(grid: _Grid, given: Given, earlier: OutputGradients |
     grid = grid._replace(blocks=dataclasses.replace(grid.blocks, heads=1))
     ops, r = grid.ops, grid.tiling.r
     b, t, h, p = ops.x.shape
-    gated = ops.z is not None or ops.mimo_o is not None
     g = jax.ShapeDtypeStruct((b if r == 1 else grid.rows, t * r, h, p), ops.x.dtype)
     mimo_z, mimo_o = (grid.per_chunk(u, r, p) for u in (ops.mimo_z, ops.mimo_o))
     out = OutputGradients(
         P=grid.squares(),
         M=grid.squares(),
-        g=grid.sequence(g) if gated else None,
+        g=grid.sequence(g) if grid.gated else None,
         z=grid.sequence(ops.z),
         mimo_z=mimo_z,
         mimo_o=mimo_o,
         D=None if ops.D is None else grid.coefficient(grid.chunks),
         **dict.fromkeys(("entry", "cs", "scale", "gamma"), grid.coefficient()),
     )
-    return grid.call(_kernel, "ssm_output_gradients", given, out, earlier, of_head=_output_gradients)
+    return grid.call(kernels.per_head, "ssm_output_gradients", given, out, earlier, of_head=kernels.output_gradients)
 
 
 def _call_value_gradients(grid: _Grid, given: Given, earlier: ValueGradients) -> ValueGradients:
     mimo_x = grid.per_chunk(grid.ops.mimo_x, grid.tiling.r, grid.tiling.p)
     out = ValueGradients(grid.sequence(grid.ops.x), mimo_x, grid.coefficient(), grid.coefficient(grid.chunks))
-    return grid.call(_kernel, "ssm_value_gradients", given, out, earlier, of_head=_value_gradients)
+    return grid.call(kernels.per_head, "ssm_value_gradients", given, out, earlier, of_head=kernels.value_gradients)
 
 
 def _call_projection_gradients(
@@ -518,7 +206,7 @@ def _call_projection_gradients(
         omega = shared((N * g, grid.rows, t, s), (None, None, t, w // 2), lambda i, c, b: (i, b, 0, place))
         turning = grid.coefficient(), omega
     out = ProjectionGradients(projections, biases, *turning)
-    return grid.call(_projection_kernel, "ssm_projection_gradients", given, out, earlier, slab=slab)
+    return grid.call(kernels.projection_kernel, "ssm_projection_gradients", given, out, earlier, slab=slab)
 
 
 def _start_angles(entries, exits, h0, last, dh0, dlast, tiling: Tiling) -> jax.Array:
@@ -566,10 +254,9 @@ def backward(
         whole, own = _gradients(_Grid(ops, first, at_once, tiling, blocks), entries, exits, dy, whole)
         sums.append(own)
     dh0, theta0 = jax.tree.map(lambda *parts: jnp.concatenate(parts), *states)
-    projections, omega = (
-        None if u[0] is None else jnp.concatenate(u, axis) for u, axis in zip(list(zip(*sums))[:2], (1, 0))
-    )
-    biases, mimo_x, mimo_z, mimo_o = (None if u[0] is None else sum(u) for u in list(zip(*sums))[2:])
+    parts = _Sums(*zip(*sums))
+    projections, biases = jnp.concatenate(parts.projections, 1), sum(parts.biases)
+    mimo_x, mimo_z, mimo_o = (None if u[0] is None else sum(u) for u in (parts.mimo_x, parts.mimo_z, parts.mimo_o))
     outputs, values, clocks = whole
     grads = Operands(
         x=values.x,
@@ -590,7 +277,7 @@ def backward(
         scale=outputs.scale,
         gamma=outputs.gamma,
         clock=sum(clocks) if clocks else jnp.zeros_like(ops.clock),
-        omega=omega,
+        omega=jnp.concatenate(parts.omega) if tiling.s else None,
         theta0=theta0,
         segment_ids=None,
     )
@@ -636,7 +323,7 @@ def _gradients(grid: _Grid, entries, exits, dy, earlier: _Whole | None) -> tuple
     slabs = tiles.slabs(tiling, grid.blocks.turning_slab)
     outputs, values, clocks = earlier or (None, None, [None for slab in slabs if slab.pair is not None])
     # g is written where dx will be.
-    in_place = tiling.r == 1 and ops.z is not None
+    in_place = tiling.r == 1 and grid.gated
     onto = None if outputs is None else outputs._replace(g=values.x if in_place else None)
     outputs = _call_output_gradients(grid, Given(dy=dy, entries=entries), onto)
     g = dy if outputs.g is None else outputs.g
@@ -653,11 +340,11 @@ def _gradients(grid: _Grid, entries, exits, dy, earlier: _Whole | None) -> tuple
         parts = own if parts is None else own._replace(omega=parts.omega if own.omega is None else own.omega)
 
     # After all that read g.
-    parts, g, P = lax.optimization_barrier((parts, g, outputs.P))
+    parts, g = lax.optimization_barrier((parts, g))
     values = (values or ValueGradients(*(None,) * 4))._replace(mimo_x=None)
     if in_place:
         values = values._replace(x=g)
-    values = _call_value_gradients(grid, Given(g=g, P=P, entries=entries, exits=exits), values)
+    values = _call_value_gradients(grid, Given(g=g, P=outputs.P, entries=entries, exits=exits), values)
 
     def over(array, *axes):
         return None if array is None else jnp.sum(array, axes)

@@ -18,8 +18,8 @@ forward 0.93, forward + backward 4.02). The kernels alone, without what api.py p
                  (sums of kernels' times by the profiler; the row before, so measured: 0.69 and 3.8)
     0.70   3.4   states made again by the backward pass (0.21), nothing kept of them; one part of the batch after the
                  other. By the compiler at b=8 1 / 2 / 4 parts take 1.80 / 1.40 / 1.32 GB and, timed with XLA's share,
-                 3.85 / 4.06 / 4.22 ms (MIMO 5.27 / 3.20 / 2.67 GB and 18.4 / 18.7 / 19.0 ms): small kernels and their
-                 ends cost more than the parts save there, so SISO takes them from four waves of programs on
+                 3.85 / 4.06 / 4.22 ms (MIMO 5.27 / 3.20 / 2.67 GB and 18.4 / 18.7 / 19.0 ms, before the next row):
+                 small kernels and their ends cost time, so parts are no smaller than four waves of programs
     0.59   3.2   the outputs' entry states read first of all, 0.38 instead of 0.48; MIMO's serial kernels load the next
                  chunk by hand, where the compiler fetches nothing ahead: states 1.02 instead of 1.14, at n=64 0.70
                  instead of 1.32. Chunk numbers of the other kernels off the grid, their outputs written into arrays of
@@ -75,15 +75,15 @@ forward 0.93, forward + backward 4.02). The kernels alone, without what api.py p
 Shared memory of the largest kernel in kB, by the compiler, for an H100 / RTX 4090: SISO bfloat16 n=128 p=64 108 / 92,
 float32 n=64 63 / 63, n=128 - / 57; MIMO r=4 - / 41, n=256 - / 66. With loads fetched ahead as at n=128 p=64 a RTX 4090
 would need 135 at n=256, 125 at p=128 and has 101; an A100 would need 184 at n=256 p=128 and has 167; with 2 stages of
-serial loads and no others n=256 p=128 takes 100. MIMO r=4, forward and forward + backward with what XLA adds: 3.3 and
-17.1 (before P and M 3.2 and 21.4; with loads fetched ahead 3.8, 32.4).
+serial loads and no others n=256 p=128 takes 100. MIMO r=4, forward and forward + backward with what XLA adds: 3.1 and
+18.3 (before P and M 3.2 and 21.4; with loads fetched ahead 3.8, 32.4).
 
 Next: of 3.8 ms forward + backward the kernels take 3.2 and what XLA adds 0.36, a quarter of it to read the states for
 what turns receive from later chunks; gaps between 41 launches are the rest. The gradients move 0.27 MB a tile of 64
 tokens, a third of it states: the sums over heads of the slabs that turn keep their kernels from being one (registers),
 and the outputs' gradients run at a third of what the schedulers could issue, two programs to a multiprocessor. Hopper's
 bulk copies need no registers for what is under way; Mosaic GPU has them. A row of 65536 tokens is not cut: its states,
-P, M and g are 3.8 of 7.2 GB; a few heads at a time would take less.
+P and M are 3.2 of 7.2 GB; a few heads at a time would take less.
 """
 
 import dataclasses
@@ -103,7 +103,7 @@ class BlockSizes:
         heads: most heads of one program of those passes; what heads share is summed over programs outside.
         turning_slab: most state channels that turn of one program of the projections' gradients.
         programs: programs that fill the GPU: of fewer serial ones time is cut into segments, and the backward pass
-            takes no fewer rows of the batch at once.
+            takes no fewer rows of the batch at once (backward.py's WAVES times as many of the others).
     """
 
     rows: int

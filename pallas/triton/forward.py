@@ -131,7 +131,7 @@ def call_serial(
     segment = pl.BlockSpec((None, None, None, tiling.n, p), at(lambda h, s, b: (b, h, s, 0, 0)))
     whole = pl.BlockSpec((None, None, chunks, tiling.n, p), at(lambda h, s, b: (b, h, 0, 0, 0)))
     return pl.pallas_call(
-        given_chunk(kernel, h, tiling=tiling, chunks=chunks // segments, ahead=blocks.serial_stages == 1),
+        given_chunk(kernel, h, tiling=tiling, chunks=chunks // segments, ahead=tiling.r > 1),
         grid=(h * segments, b),
         in_specs=[
             specs(ops, at(lambda h, s, b: (first + b, h, h // per_group))),

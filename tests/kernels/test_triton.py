@@ -67,6 +67,8 @@ def interpreted(rows=16, segments=1, **cut):
         patch.setattr(api, "decode", functools.partial(decode, interpret=INTERPRET))
         patch.setattr(api, "_platform", lambda: "cuda")
         patch.setattr(api, "_step_kernel", lambda: "triton")
+        # `programs` of a part, so that a batch this small has parts.
+        patch.setattr(backward, "WAVES", 1)
         yield
 
 
@@ -134,8 +136,10 @@ def test_slabs_and_programs_of_the_gradients_add_up(kwargs):
         (dict(r=2, mimo=True), 1, 4, 1),
         (dict(rotation="none", bare=True, gate=False), 1, 3, 1),
         (dict(packed=True), 2, 8, 2),
+        (dict(r=1, mimo=True, gate=False), 1, 3, 1),
+        (dict(s=16, h=4), 1, 6, 1),
     ],
-    ids=["siso", "mimo", "no rotation, no D, no gate", "siso packed"],
+    ids=["siso", "mimo", "no rotation, no D, no gate", "siso packed", "mimo of rank 1, no gate", "two turning slabs"],
 )
 def test_gradients_of_a_few_rows_after_those_of_others(kwargs, segments, programs, at_once):
     """States of two rows of four at once, the gradients of their chunks of one row or both."""
@@ -147,9 +151,9 @@ def test_gradients_of_a_few_rows_after_those_of_others(kwargs, segments, program
         cut.append((grid.first, len(given.P), len(given.exits), earlier.exit is None))
         return whole(grid, given, earlier)
 
-    with interpreted(rows=16, segments=segments, programs=programs), pytest.MonkeyPatch.context() as patch:
+    cuts = dict(programs=programs, turning_slab=16, heads=2)
+    with interpreted(rows=16, segments=segments, **cuts), pytest.MonkeyPatch.context() as patch:
         patch.setattr(backward, "_call_value_gradients", noted)
-        patch.setattr(backward, "WAVES", 1)
         *_, gradients = values_and_gradients(args, state, implementation="triton")
     assert cut == [(first, at_once, 2, first == 0) for first in range(0, 4, at_once)]
     assert_all_close(gradients, in_float64(values_and_gradients, args, state)[-1], TOLERANCE[jnp.float32])
