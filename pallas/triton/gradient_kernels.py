@@ -2,8 +2,8 @@
 
 They are several, because what does not fit the registers costs more than what is made twice; but the scores of a chunk
 are made once, for a matrix read is cheaper than its exponentials. With g = dy silu(z), X = g v^T, Y = q k^T, dS the
-adjoint of the state at a chunk's end, E_ij = exp(cs_i - cs_j) for i later than j, W as in tiles.py, M = W X, and P = W Y
-with D added on its diagonal:
+adjoint of the state at a chunk's end, E_ij = exp(cs_i - cs_j) for i later than j, W as in tiles.py, M = W X, and P =
+W Y with D added on its diagonal:
 
     o  = P v + entry q h          dz = dy o silu'(z)              dD = sum_i X_ii
     dq = M k + entry g h^T        dk = M^T q + exit v dS^T        dv = P^T g + exit k dS
