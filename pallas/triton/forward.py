@@ -23,50 +23,60 @@ from pallas.triton.operands import Operands, at_heads, given_chunk, specs
 from pallas.triton.tiles import Tiling
 
 
-def _state_kernel(
-    segment, ops: Operands, h0_ref, entries_ref, end_ref, through_ref, *, tiling: Tiling, chunks: int, ahead: bool
-):
-    """ops of one row and head; h0, end (n, p) float32, through () float32; entries (chunks, n, p) or None."""
-    first = segment * chunks
-    slabs = tiles.slabs(tiling)
+def _state_kernel(segment, ops: Operands, *refs, tiling: Tiling, chunks: int, ahead: bool):
+    """ops of one row and head; refs as in `walk`, with h0, entries and the last state."""
 
-    def load(i):
-        t0 = (first + i) * tiling.c
+    def load(t0):
         return tiles.load_slabs(tiling, ops.B, t0), tiling.of_token(ops.x, t0, slice(None))
 
-    def step(i, carry, loaded):
-        (h, through), (B, x) = carry, loaded
-        chunk = first + i
-        t0 = chunk * tiling.c
-        v = of_ranks(tiling, ops, x)
-        if entries_ref is not None:
-            for slab, u in zip(slabs, h):
-                entries_ref[chunk, slab.channels] = u.astype(entries_ref.dtype)
-        k = tiles.project(tiling, B, ops.B_bias, tiles.turns(tiling, ops, chunk), v.dtype)
-        written = (v.astype(jnp.float32) * tiling.of_token(ops.exit, t0)[:, None]).astype(v.dtype)
-        kept = ops.through[chunk]
-        return [u * kept + tiling.dot(k_, written, (0, 0)) for u, k_ in zip(h, k)], through * kept
+    def value(x, t0):
+        return of_ranks(tiling, ops, x)
 
-    start = [h0_ref[slab.channels] for slab in slabs], jnp.float32(1)
-    h, through = over_chunks(chunks, load, step, start, ahead)
-    for slab, u in zip(slabs, h):
-        end_ref[slab.channels] = u
-    through_ref[...] = through
+    first = segment * chunks
+    walk(tiling, ops, lambda i: first + i, chunks, load, value, ops.B_bias, ops.exit, refs, ahead)
 
 
-def over_chunks(chunks: int, load, step, carry, ahead: bool):
-    """step(i, carry, load(i)) -> carry, for every i < chunks; `ahead` loads the next while a step computes.
+def walk(tiling: Tiling, ops: Operands, chunk_at, chunks: int, load, value, bias, weight, refs, ahead: bool) -> None:
+    """From chunk to chunk of a segment: u <- through u + sum_i weight_i k_i value_i^T.
 
-    For the compiler does not fetch ahead where each rank's row has an address of its own.
+    Args:
+        chunk_at: the i-th chunk on the way, i < chunks.
+        load: of a chunk's first token, B or C and what `value`, given it and that token, makes (rows, p) of.
+        bias, weight: of B or C, whose rotation k is, and of a token; from ops.
+        refs: the first u (n, p) in float32; what every chunk finds, (m, n, p) or None; the last u; the product of all
+            through, ().
+        ahead: the next chunk is loaded while one is computed, because the compiler does not fetch ahead where each
+            rank's row has an address of its own.
     """
+    start_ref, found_ref, end_ref, through_ref = refs
+    slabs = tiles.slabs(tiling)
+
+    def load_at(i):
+        return load(chunk_at(i) * tiling.c)
+
+    def step(i, u, through, raw, values):
+        chunk = chunk_at(i)
+        t0 = chunk * tiling.c
+        v = value(values, t0)
+        if found_ref is not None:
+            for slab, u_ in zip(slabs, u):
+                found_ref[chunk, slab.channels] = u_.astype(found_ref.dtype)
+        k = tiles.project(tiling, raw, bias, tiles.turns(tiling, ops, chunk), ops.x.dtype)
+        weighted = (v.astype(jnp.float32) * tiling.of_token(weight, t0)[:, None]).astype(ops.x.dtype)
+        kept = ops.through[chunk]
+        return [u_ * kept + tiling.dot(k_, weighted, (0, 0)) for u_, k_ in zip(u, k)], through * kept
 
     def body(i, state):
         carry, loaded = state
         if ahead:
-            return step(i, carry, loaded), load(jnp.minimum(i + 1, chunks - 1))
-        return step(i, carry, load(i)), None
+            return step(i, *carry, *loaded), load_at(jnp.minimum(i + 1, chunks - 1))
+        return step(i, *carry, *load_at(i)), None
 
-    return lax.fori_loop(0, chunks, body, (carry, load(0) if ahead else None))[0]
+    start = [start_ref[slab.channels] for slab in slabs], jnp.float32(1)
+    (u, through), _ = lax.fori_loop(0, chunks, body, (start, load_at(0) if ahead else None))
+    for slab, u_ in zip(slabs, u):
+        end_ref[slab.channels] = u_
+    through_ref[...] = through
 
 
 def values(tiling: Tiling, ops: Operands, t0) -> jax.Array:

@@ -24,50 +24,22 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas.triton import tiles
-from pallas.triton.forward import gate, over_chunks, values
+from pallas.triton.forward import gate, values, walk
 from pallas.triton.operands import OfHead, Operands, at_head, over_heads
 from pallas.triton.tiles import Tiling
 
 
-def adjoint_kernel(
-    segment,
-    ops: Operands,
-    dy_ref,
-    dS_ref,
-    exits_ref,
-    start_ref,
-    through_ref,
-    *,
-    tiling: Tiling,
-    chunks: int,
-    ahead: bool,
-):
-    """As forward's _state_kernel, in reverse: dS (n, p) enters at the segment's end and leaves at its start."""
-    last = (segment + 1) * chunks - 1
-    slabs = tiles.slabs(tiling)
+def adjoint_kernel(segment, ops: Operands, dy_ref, *refs, tiling: Tiling, chunks: int, ahead: bool):
+    """As forward's _state_kernel, in reverse: dS enters at the segment's end and leaves at its start."""
 
-    def load(i):
-        t0 = (last - i) * tiling.c
+    def load(t0):
         return tiles.load_slabs(tiling, ops.C, t0), _load_dy(tiling, ops, dy_ref, t0)
 
-    def step(i, carry, loaded):
-        (dS, through), (C, dy) = carry, loaded
-        chunk = last - i
-        t0 = chunk * tiling.c
-        g = _gated(tiling, ops, dy, t0)
-        if exits_ref is not None:
-            for slab, u in zip(slabs, dS):
-                exits_ref[chunk, slab.channels] = u.astype(exits_ref.dtype)
-        q = tiles.project(tiling, C, ops.C_bias, tiles.turns(tiling, ops, chunk), ops.x.dtype)
-        seen = (g * tiling.of_token(ops.entry, t0)[:, None]).astype(ops.x.dtype)
-        kept = ops.through[chunk]
-        return [u * kept + tiling.dot(q_, seen, (0, 0)) for u, q_ in zip(dS, q)], through * kept
+    def value(dy, t0):
+        return _gated(tiling, ops, dy, t0)
 
-    end = [dS_ref[slab.channels] for slab in slabs], jnp.float32(1)
-    dS, through = over_chunks(chunks, load, step, end, ahead)
-    for slab, u in zip(slabs, dS):
-        start_ref[slab.channels] = u
-    through_ref[...] = through
+    last = (segment + 1) * chunks - 1
+    walk(tiling, ops, lambda i: last - i, chunks, load, value, ops.C_bias, ops.entry, refs, ahead)
 
 
 def _load_dy(tiling: Tiling, ops: Operands, dy_ref, t0):
@@ -95,7 +67,7 @@ def _gated(tiling: Tiling, ops: Operands, dy, t0):
 class Given(NamedTuple):
     """What a kernel of the gradients is given beside the operands, None what it does not need; m chunks.
 
-    Of all these b is the grid's rows or more (see `_Grid`), as of what the kernels write.
+    Of all these b is the grid's rows or more (backward.py, `_Grid`), as of what the kernels write.
     """
 
     dy: jax.Array | None = None
@@ -123,7 +95,10 @@ def _at_head(refs, head):
 
 
 def per_head(chunk, ops: Operands, given: Given, earlier, out, *, of_head, tiling: Tiling, heads: int):
-    """`of_head(ops, given, out, chunk, tiling)` of one chunk of one row, for `heads` heads of one group."""
+    """`of_head(ops, given, out, chunk, tiling)` of one chunk of one row, for `heads` heads of one group.
+
+    `earlier` is the memory of `out` where parts or slabs before have written, and is not read.
+    """
 
     def body(head, chunk, _):
         of_head(at_head(ops, head), _at_head(given, head), _at_head(out, head), chunk, tiling)
