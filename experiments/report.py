@@ -1,7 +1,5 @@
 """What a sweep leaves behind: summary.json, a figure, and a report that names every deviation from a protocol."""
 
-import platform
-from importlib.metadata import version
 from pathlib import Path
 
 import jax
@@ -10,6 +8,7 @@ import matplotlib
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from mamba3_jax.inference.reports import devices
 from mamba3_jax.models import LM
 from mamba3_jax.tasks import get_task, scaled_accuracy
 
@@ -72,9 +71,16 @@ def summarize(
         deviations=deviations,
         steps=training.step,
         seconds=round(training.seconds, 1),
-        device=f"{jax.device_count()} x {jax.devices()[0].device_kind} ({jax.default_backend()}), {platform.machine()}",
-        versions={name: version(name) for name in ("jax", "flax", "optax", "numpy")},
+        device=_where(training.devices),
+        versions=training.versions,
     )
+
+
+def _where(trained_on: list[str]) -> str:
+    """The devices of the training, and of the test where it is made on others."""
+    here = devices()
+    trained = "; then ".join(trained_on)
+    return trained if trained == here else f"{trained}, its test on {here}"
 
 
 def headline(summary: dict) -> str:

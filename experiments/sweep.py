@@ -7,6 +7,7 @@ Every run has its own parameters, data and place in the curriculum; only the sha
 import dataclasses
 import functools
 import os
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
 import jax
@@ -109,9 +110,17 @@ class Sweep:
 
         A run whose loss or gradient is not finite fails: it keeps the parameters it had, and disturbs no other.
         """
-        stage = int(jnp.where(runs.failed, 0, runs.stage).max())
-        run = _compiled(self, steps, self.curriculum.longest(stage))
+        run = _program(self, steps, self.curriculum.longest(self._stage(runs))).result()
         return run(jax.device_put(runs, _sharding(len(self.seeds))))
+
+    def compile_ahead(self, runs: Runs, steps: int) -> None:
+        """Begins to compile `train` for every size of rows that is still to come, each in a thread of its own."""
+        for stage in range(self._stage(runs), len(self.curriculum.lengths)):
+            _program(self, steps, self.curriculum.longest(stage))
+
+    def _stage(self, runs: Runs) -> int:
+        """That of the run that is furthest ahead."""
+        return int(jnp.where(runs.failed, 0, runs.stage).max())
 
     def evaluate(self, parameters: nnx.State, batch: Batch) -> Metrics:
         """Every run's accuracy and loss on one batch."""
@@ -119,9 +128,15 @@ class Sweep:
         everywhere = NamedSharding(_sharding(len(batch.tokens)).mesh, PartitionSpec())
         return _evaluate(self, jax.device_put(parameters, everywhere), batch)
 
+    def lowered(self, steps: int, longest: int) -> jax.stages.Lowered:
+        """What trains rows of up to `longest` tokens, before it is compiled: from runs to runs and metrics."""
+        each = _sharding(len(self.seeds))
+        runs = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=each), jax.eval_shape(self.init))
+        return _train.lower(self, steps, longest, runs)
+
     def memory_needed(self, steps: int) -> int:
         """Bytes on each device while the longest rows train, as the compiler counts them."""
-        memory = _compiled(self, steps, self.curriculum.lengths[-1]).memory_analysis()
+        memory = _program(self, steps, self.curriculum.lengths[-1]).result().memory_analysis()
         return memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
 
     def learning_rates(self, step: int) -> Float[Array, " runs"]:
@@ -192,10 +207,12 @@ def _abstract(model: LMConfig) -> tuple[nnx.GraphDef, nnx.State]:
 
 # As many as a curriculum has sizes; those of the sweep before it are let go.
 @functools.lru_cache(maxsize=8)
-def _compiled(sweep: Sweep, steps: int, longest: int) -> jax.stages.Compiled:
-    each = _sharding(len(sweep.seeds))
-    runs = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=each), jax.eval_shape(sweep.init))
-    return _train.lower(sweep, steps, longest, runs).compile()
+def _program(sweep: Sweep, steps: int, longest: int) -> Future[jax.stages.Compiled]:
+    # Lowered here, because the precision of matrix products is a setting of the thread.
+    return _COMPILERS.submit(sweep.lowered(steps, longest).compile)
+
+
+_COMPILERS = ThreadPoolExecutor(thread_name_prefix="compile")
 
 
 @jax.jit(static_argnames=("sweep", "steps", "longest"))

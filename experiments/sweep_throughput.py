@@ -9,9 +9,9 @@ holds summary.json and report.md.
 
 import dataclasses
 import json
-import platform
 import statistics
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 
@@ -20,6 +20,7 @@ from experiments.models import ModelConfig
 from experiments.state_tracking import LEARNING_RATES
 from experiments.sweep import CurriculumConfig, Sweep
 from mamba3_jax.command import results_folder
+from mamba3_jax.inference.reports import devices
 from mamba3_jax.tasks import get_task
 from mamba3_jax.training.optimizer import OptimizerConfig
 
@@ -60,25 +61,31 @@ def main(argv: list[str]) -> int:
     """The command; returns the exit status."""
     command = parse("sweep_throughput", Config, argv)
     folder = results_folder(command.results_dir)
-    with jax.default_matmul_precision("highest"):
-        rows = [
-            _measure(command.config, task, n_layers, d_model, length)
-            for task, n_layers in CELLS
-            for d_model in command.config.d_models
-            for length in command.config.lengths
-        ]
-    device = f"{jax.device_count()} x {jax.devices()[0].device_kind} ({jax.default_backend()}), {platform.machine()}"
-    summary = dict(command=command.line, device=device, jax=jax.__version__, rows=rows)
+    config = command.config
+    places = [
+        (task, n_layers, d_model, length)
+        for task, n_layers in CELLS
+        for d_model in config.d_models
+        for length in config.lengths
+    ]
+    rates = config.learning_rates
+    sweeps = [_sweep(config, *place, peaks) for place in places for peaks in (rates, rates[:1])]
+    with jax.default_matmul_precision("highest"), ThreadPoolExecutor() as pool:
+        # The precision is this thread's, so that only what is lowered here has it. All are compiled at once, because
+        # on a GPU that takes far longer than the measurement.
+        lowered = [sweep.lowered(config.steps, sweep.curriculum.lengths[-1]) for sweep in sweeps]
+        programs = list(pool.map(jax.stages.Lowered.compile, lowered))
+        times = [_step_ms(config, *each) for each in zip(sweeps, programs)]
+    rows = [_row(config, *place, *ms) for place, ms in zip(places, zip(times[::2], times[1::2]))]
+    summary = dict(command=command.line, device=devices(), jax=jax.__version__, rows=rows)
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     (folder / "report.md").write_text(render(command, summary))
     print(f"report: {folder / 'report.md'}")
     return 0
 
 
-def _measure(config: Config, task: str, n_layers: int, d_model: int, length: int) -> dict:
-    """Milliseconds of one step of all runs: together, and as a loop of runs."""
-    together = _step_ms(config, _sweep(config, task, n_layers, d_model, length, config.learning_rates))
-    alone = _step_ms(config, _sweep(config, task, n_layers, d_model, length, config.learning_rates[:1]))
+def _row(config: Config, task: str, n_layers: int, d_model: int, length: int, together: float, alone: float) -> dict:
+    """What a step of all runs takes, in milliseconds: together, and as a loop of runs."""
     runs = len(config.learning_rates)
     # Rows of every length up to the longest, so that half of it is the mean.
     tokens = config.batch_size * (get_task(task).min_length + length) / 2
@@ -107,12 +114,12 @@ def _sweep(config: Config, task: str, n_layers: int, d_model: int, length: int, 
     )
 
 
-def _step_ms(config: Config, sweep: Sweep) -> float:
-    runs, _ = jax.block_until_ready(sweep.train(sweep.init(), config.steps))
+def _step_ms(config: Config, sweep: Sweep, program: jax.stages.Compiled) -> float:
+    runs, _ = jax.block_until_ready(program(sweep.init()))
     times = []
     for _ in range(config.repeats):
         began = time.perf_counter()
-        runs, _ = jax.block_until_ready(sweep.train(runs, config.steps))
+        runs, _ = jax.block_until_ready(program(runs))
         times.append(time.perf_counter() - began)
     return 1e3 * statistics.median(times) / config.steps
 

@@ -4,6 +4,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Iterable
+from importlib.metadata import version
 from typing import Literal
 
 import jax
@@ -13,6 +14,7 @@ from flax import nnx
 
 from experiments.progress import progress
 from experiments.sweep import Runs, Sweep
+from mamba3_jax.inference.reports import devices
 from mamba3_jax.tasks import Batch
 from mamba3_jax.training.interrupts import interrupts
 from mamba3_jax.training.run_directory import RunDirectory
@@ -41,7 +43,7 @@ class Schedule:
 
 @dataclasses.dataclass
 class Training:
-    """A sweep in progress: the runs, and each run's best parameters with the validation they scored."""
+    """A sweep in progress: the runs, each run's best parameters with the validation they scored, and where it ran."""
 
     sweep: Sweep
     schedule: Schedule
@@ -51,13 +53,15 @@ class Training:
     best_step: list[int]
     best_length: list[int]
     seconds: float
+    devices: list[str]
+    versions: dict[str, str]
     last: dict
 
     @classmethod
     def fresh(cls, sweep: Sweep, schedule: Schedule) -> "Training":
         """Before the first step."""
         runs, n = sweep.init(), len(sweep.seeds)
-        return cls(sweep, schedule, runs, runs.parameters, [{} for _ in range(n)], [0] * n, [0] * n, 0.0, {})
+        return cls(sweep, schedule, runs, runs.parameters, [{} for _ in range(n)], [0] * n, [0] * n, 0.0, [], {}, {})
 
     def resumed(self, directory: RunDirectory) -> "Training":
         """From the directory's newest checkpoint, itself if there is none; raises ValueError if that is damaged."""
@@ -98,12 +102,15 @@ class Training:
 
     def save(self, directory: RunDirectory) -> None:
         """Starts to write a checkpoint."""
-        names = ("best_validation", "best_step", "best_length", "seconds", "last")
+        names = ("best_validation", "best_step", "best_length", "seconds", "devices", "versions", "last")
         extra = {name: getattr(self, name) for name in names}
         directory.save(self.step, dict(runs=self.runs, best=self.best), extra)
 
     def advance(self, validation: dict[str, list[Batch]], directory: RunDirectory) -> None:
         """One interval of training, and a validation when it is due; one line of metrics."""
+        if devices() not in self.devices:
+            self.devices.append(devices())
+        self.versions = {name: version(name) for name in ("jax", "flax", "optax", "numpy")}
         began, lengths = time.perf_counter(), self.sweep.curriculum.lengths
         stages = self.runs.stage.tolist()
         self.runs, metrics = self.sweep.train(self.runs, self.schedule.interval)
@@ -164,6 +171,7 @@ def train(training: Training, validation: dict[str, list[Batch]], directory: Run
         KeyboardInterrupt: Ctrl-C or SIGTERM, after the interval in progress was saved.
     """
     with interrupts() as stop, progress(training.sweep.max_steps, training.step) as show:
+        training.sweep.compile_ahead(training.runs, training.schedule.interval)
         while not training.done:
             if stop:
                 training.save(directory)

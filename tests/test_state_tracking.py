@@ -17,7 +17,7 @@ import pytest
 import yaml
 from flax import nnx
 
-from experiments import cell, command, grid, report, state_tracking
+from experiments import cell, command, grid, report, state_tracking, training
 from experiments.models import Mixer, ModelConfig
 from experiments.sweep import CurriculumConfig, Sweep
 from mamba3_jax import cli
@@ -124,7 +124,25 @@ def test_an_interrupted_run_resumes_with_an_identical_stream(tiny, finished, tmp
     assert _run(tiny, directory) == 0
     assert (directory / "metrics.jsonl").read_text() == (finished / "metrics.jsonl").read_text()
     results = [json.loads((d / "summary.json").read_text()) for d in (directory, finished)]
-    assert results[0]["test"] == results[1]["test"] and results[0]["selected"] == results[1]["selected"]
+    assert all(results[0][key] == results[1][key] for key in ("test", "selected", "device", "versions"))
+
+
+def test_the_summary_names_the_devices_that_trained_and_those_that_tested(tiny, tmp_path, monkeypatch):
+    """A run cut short on one machine, continued on another and tested on a third."""
+    directory, machine, train = tmp_path / "moved", ["first"], Sweep.train
+
+    def interrupted(self, runs, steps):
+        os.kill(os.getpid(), signal.SIGINT)
+        return train(self, runs, steps)
+
+    monkeypatch.setattr(training, "devices", lambda: machine[0])
+    monkeypatch.setattr(report, "devices", lambda: "third")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Sweep, "train", interrupted)
+        assert _run(tiny, directory) == INTERRUPTED
+    machine[0] = "second"
+    assert _run(tiny, directory) == 0
+    assert json.loads((directory / "summary.json").read_text())["device"] == "first; then second, its test on third"
 
 
 def test_a_damaged_checkpoint_is_one_line_that_names_its_file(tiny, finished, tmp_path, capsys):
@@ -347,6 +365,24 @@ def test_stages_end_when_solved_or_when_their_steps_are_spent():
     at_once = _sweep(curriculum=CurriculumConfig((4, 8), 0.01))
     runs, _ = at_once.train(at_once.init(), 5)
     assert runs.stage.tolist() == [1, 1] and runs.stage_steps.tolist() == [0, 0]
+
+
+def test_what_is_compiled_ahead_is_what_trains_the_sizes_to_come(monkeypatch):
+    """Of a run that is in the second of three stages, two sizes, each once; training compiles no more."""
+    sizes, lowered = [], Sweep.lowered
+
+    def spy(self, steps, longest):
+        sizes.append(longest)
+        return lowered(self, steps, longest)
+
+    monkeypatch.setattr(Sweep, "lowered", spy)
+    sweep = _sweep(curriculum=CurriculumConfig((4, 8, 16), 1.0, stage_steps=5), max_steps=30)
+    runs = sweep.init()._replace(stage=np.array([0, 1], np.int32))
+    sweep.compile_ahead(runs, 5)
+    assert sizes == [8, 16]
+    for _ in range(2):
+        runs, _ = sweep.train(runs, 5)
+    assert runs.stage.tolist() == [2, 2] and sizes == [8, 16]
 
 
 def test_learning_rate_warms_up_and_follows_the_cosine():

@@ -36,8 +36,12 @@ def command_line(argv: Sequence[str]) -> str:
 
 def environment() -> dict[str, str | dict[str, str]]:
     """The device and the versions, for a summary."""
-    device = f"{jax.device_count()} x {jax.devices()[0].device_kind} ({jax.default_backend()}), {platform.machine()}"
-    return dict(device=device, versions={name: version(name) for name in ("jax", "flax", "numpy")})
+    return dict(device=devices(), versions={name: version(name) for name in ("jax", "flax", "numpy")})
+
+
+def devices() -> str:
+    """The devices here, in words."""
+    return f"{jax.device_count()} x {jax.devices()[0].device_kind} ({jax.default_backend()}), {platform.machine()}"
 
 
 def read_text(name: str, path: Path) -> str:
