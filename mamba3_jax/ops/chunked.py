@@ -140,14 +140,14 @@ def _chunk_step(inputs: Inputs, carry: _Carry, chunk: _Chunk) -> tuple[_Carry, F
     turn = jnp.moveaxis(turns(chunk.omega, chunk.clock), 1, 2)
     mask, open_on_entry, open_on_exit = _document_masks(carry, chunk, c)
 
-    angle = cumulative(turn, 2) + carry.angle[:, :, None]
+    angle = cumulative(turn) + carry.angle[:, :, None]
     # Without the barrier XLA recomputes sine and cosine in each of their four uses.
     cos, sin = jax.lax.optimization_barrier((jnp.cos(angle)[:, :, :, None], jnp.sin(angle)[:, :, :, None]))
     k = rotate_by(_head_major(chunk.B, inputs.B_bias, dtype), cos, sin).astype(compute).reshape(b, h, c * r, -1)
     q = rotate_by(_head_major(chunk.C, inputs.C_bias, dtype), cos, sin).astype(compute).reshape(b, h, c * r, -1)
     v = jnp.moveaxis(expand_ranks(chunk.x, inputs.mimo_x), 1, 2).astype(compute)
 
-    coarse, fine = (cumulative(u, 2) for u in split_log_decay(log_decay))
+    coarse, fine = (cumulative(u) for u in split_log_decay(log_decay))
     exponent = (coarse[..., :, None] - coarse[..., None, :]) + (fine[..., :, None] - fine[..., None, :])
     W = jnp.exp(jnp.where(mask, exponent, -jnp.inf)) * scale[..., None, :]
     W = jnp.where(np.eye(c, dtype=bool)[None, None], gamma[..., None, :], W)
@@ -193,7 +193,7 @@ def split_log_decay(log_decay: Float[Array, "b h c"]) -> tuple[Float[Array, "b h
     return coarse, log_decay - coarse
 
 
-def cumulative(u: Float[Array, "b h c *s"], axis: int) -> Float[Array, "b h c *s"]:
+def cumulative(u: Float[Array, "b h c *s"]) -> Float[Array, "b h c *s"]:
     """Inclusive cumulative sum over the chunk, as a triangular product: one matmul instead of log2(c) passes."""
     lower = np.tril(np.ones((u.shape[2], u.shape[2]), u.dtype))
     spec = "bhj,ij->bhi" if u.ndim == 3 else "ij,bhjs->bhis"

@@ -53,7 +53,7 @@ def decays(inputs: Inputs, c: int) -> dict[str, Array]:
         # What came before a document decays to 0 at its first token.
         log_decay = jnp.where(document_starts(inputs.segment_ids)[..., None], MIN_LOG_DECAY, log_decay)
     parts = split_log_decay(head_major(log_decay))
-    coarse, fine = (cumulative(u.reshape(b, h * m, c), 2).reshape(b, h, m, c) for u in parts)
+    coarse, fine = (cumulative(u.reshape(b, h * m, c)).reshape(b, h, m, c) for u in parts)
     entry = jnp.exp(coarse + fine)
     exit = jnp.exp((coarse[..., -1:] - coarse) + (fine[..., -1:] - fine)).reshape(b, h, t) * scale
     tokens = dict(coarse=coarse, fine=fine, entry=entry)
@@ -95,7 +95,7 @@ def _sums_before(u: Float[Array, "b m h s"]) -> Float[Array, "b m h s"]:
     b, m, h, s = u.shape
     if m <= SUMMED:
         u = jnp.moveaxis(u, 1, 2)
-        return jnp.moveaxis(cumulative(u, 2) - u, 2, 1)
+        return jnp.moveaxis(cumulative(u) - u, 2, 1)
     groups = -(-m // SUMMED)
     u = jnp.pad(u, ((0, 0), (0, groups * SUMMED - m), (0, 0), (0, 0)))
     inside = _sums_before(u.reshape(b * groups, SUMMED, h, s))
