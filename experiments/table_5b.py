@@ -126,10 +126,30 @@ def render(command: Command[GridConfig], done: dict[tuple[str, str, int], dict])
             "-" if mixed is None else f"{mixed['scaled']:.2f}", run["max_length"], ", ".join(others) or "-", seeds,
         )  # fmt: skip
         lines.append("| " + " | ".join(map(str, cells)) + " |")
-    lines += ["", "## Deviations from the protocol (the paper's appendix D)", ""]
+    lines += ["", *_cost(command, done), ""]
+    lines += ["## Deviations from the protocol (the paper's appendix D)", ""]
     lines += [*_deviations(done), *_unreached(command, done), "", PAIRS]
     lines += ["", f"{len(done)} cells, in {grid.training_time(done.values())}.", ""]
     return "\n".join(lines)
+
+
+def _cost(command: Command[GridConfig], done: dict[tuple[str, str, int], dict]) -> list[str]:
+    """What the rows of the paper's table took, which has all widths of its three tasks."""
+    lines = [
+        "## Training time of the paper's rows",
+        "",
+        "Of the cells in the paper's columns: each cell's own time, also where several shared a device.",
+        "",
+        "| model | cells done | minutes | on |",
+        "| --- | --- | --- | --- |",
+    ]
+    for model in command.config.models:
+        planned = [place for place in command.config.places if place[:2] in PAPER and place[0] == model]
+        ran = [done[place] for place in planned if place in done]
+        minutes = sum(summary["seconds"] for summary in ran) / 60
+        devices = ", ".join(sorted({summary["device"].partition(",")[0] for summary in ran})) or "-"
+        lines.append(f"| {NAMES.get(model, model)} | {len(ran)} of {len(planned)} | {minutes:.1f} | {devices} |")
+    return lines
 
 
 def _deviations(done: dict[tuple[str, str, int], dict]) -> list[str]:

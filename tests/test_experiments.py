@@ -440,6 +440,7 @@ def test_the_table_has_the_best_width_beside_the_papers_number_and_says_what_was
     assert "| Mamba-3 | 91.00 (100.00) | not run (98.51) | not run (87.75) |" in text
     assert "| Gated DeltaNet, eigenvalues in [-1, 1] | not run (100.00) | not run (99.25) | not run (93.50) |" in text
     assert "- width 64 (mamba3,parity,d=64)" in text and "64: 80.00" in text
+    assert "| Mamba-3 | 2 of 6 | 1.2 | x |" in text and "| Mamba-2 | 0 of 6 | 0.0 | - |" in text
 
 
 def test_reproduce_lists_every_result_with_its_cost(capsys):
