@@ -8,7 +8,7 @@ import matplotlib
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from mamba3_jax.inference.reports import devices
+from mamba3_jax.inference.reports import environment
 from mamba3_jax.models import LM
 from mamba3_jax.tasks import get_task, scaled_accuracy
 
@@ -71,16 +71,21 @@ def summarize(
         deviations=deviations,
         steps=training.step,
         seconds=round(training.seconds, 1),
-        device=_where(training.devices),
-        versions=training.versions,
+        **_environment(training.trained_on),
     )
 
 
-def _where(trained_on: list[str]) -> str:
-    """The devices of the training, and of the test where it is made on others."""
-    here = devices()
-    trained = "; then ".join(trained_on)
-    return trained if trained == here else f"{trained}, its test on {here}"
+def _environment(trained_on: list[dict]) -> dict:
+    """The devices of the training, and of the test where it is made on others; and the versions that trained."""
+    trained, here = "; then ".join(machine["device"] for machine in trained_on), environment()["device"]
+    versions = {}
+    for machine in trained_on:
+        for name, version in machine["versions"].items():
+            versions.setdefault(name, []).append(version)
+    return dict(
+        device=trained if trained_on[-1]["device"] == here else f"{trained}; its test on {here}",
+        versions={name: ", then ".join(dict.fromkeys(each)) for name, each in versions.items()},
+    )
 
 
 def headline(summary: dict) -> str:

@@ -110,17 +110,11 @@ class Sweep:
 
         A run whose loss or gradient is not finite fails: it keeps the parameters it had, and disturbs no other.
         """
-        run = _program(self, steps, self.curriculum.longest(self._stage(runs))).result()
-        return run(jax.device_put(runs, _sharding(len(self.seeds))))
-
-    def compile_ahead(self, runs: Runs, steps: int) -> None:
-        """Begins to compile `train` for every size of rows that is still to come, each in a thread of its own."""
-        for stage in range(self._stage(runs), len(self.curriculum.lengths)):
-            _program(self, steps, self.curriculum.longest(stage))
-
-    def _stage(self, runs: Runs) -> int:
-        """That of the run that is furthest ahead."""
-        return int(jnp.where(runs.failed, 0, runs.stage).max())
+        stage = int(jnp.where(runs.failed, 0, runs.stage).max())
+        program = self.program(steps, self.curriculum.longest(stage))
+        # The next stage's is ready when its turn comes: compiling may take as long as a stage.
+        self.program(steps, self.curriculum.longest(min(stage + 1, len(self.curriculum.lengths) - 1)))
+        return program.result()(jax.device_put(runs, _sharding(len(self.seeds))))
 
     def evaluate(self, parameters: nnx.State, batch: Batch) -> Metrics:
         """Every run's accuracy and loss on one batch."""
@@ -128,15 +122,13 @@ class Sweep:
         everywhere = NamedSharding(_sharding(len(batch.tokens)).mesh, PartitionSpec())
         return _evaluate(self, jax.device_put(parameters, everywhere), batch)
 
-    def lowered(self, steps: int, longest: int) -> jax.stages.Lowered:
-        """What trains rows of up to `longest` tokens, before it is compiled: from runs to runs and metrics."""
-        each = _sharding(len(self.seeds))
-        runs = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=each), jax.eval_shape(self.init))
-        return _train.lower(self, steps, longest, runs)
+    def program(self, steps: int, longest: int) -> Future[jax.stages.Compiled]:
+        """What `train` calls for rows of up to `longest` tokens, while it is compiled."""
+        return _program(self, steps, longest)
 
     def memory_needed(self, steps: int) -> int:
         """Bytes on each device while the longest rows train, as the compiler counts them."""
-        memory = _program(self, steps, self.curriculum.lengths[-1]).result().memory_analysis()
+        memory = self.program(steps, self.curriculum.lengths[-1]).result().memory_analysis()
         return memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
 
     def learning_rates(self, step: int) -> Float[Array, " runs"]:
@@ -205,14 +197,18 @@ def _abstract(model: LMConfig) -> tuple[nnx.GraphDef, nnx.State]:
     return nnx.split(abstract_model(model), nnx.Param)
 
 
+# Python waits for their work before it ends.
+_COMPILERS = ThreadPoolExecutor()
+
+
 # As many as a curriculum has sizes; those of the sweep before it are let go.
 @functools.lru_cache(maxsize=8)
 def _program(sweep: Sweep, steps: int, longest: int) -> Future[jax.stages.Compiled]:
+    each = _sharding(len(sweep.seeds))
+    runs = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=each), jax.eval_shape(sweep.init))
     # Lowered here, because the precision of matrix products is a setting of the thread.
-    return _COMPILERS.submit(sweep.lowered(steps, longest).compile)
-
-
-_COMPILERS = ThreadPoolExecutor(thread_name_prefix="compile")
+    lowered = _train.lower(sweep, steps, longest, runs)
+    return _COMPILERS.submit(lowered.compile)
 
 
 @jax.jit(static_argnames=("sweep", "steps", "longest"))

@@ -11,7 +11,6 @@ import dataclasses
 import json
 import statistics
 import time
-from concurrent.futures import ThreadPoolExecutor
 
 import jax
 
@@ -20,7 +19,7 @@ from experiments.models import ModelConfig
 from experiments.state_tracking import LEARNING_RATES
 from experiments.sweep import CurriculumConfig, Sweep
 from mamba3_jax.command import results_folder
-from mamba3_jax.inference.reports import devices
+from mamba3_jax.inference.reports import environment
 from mamba3_jax.tasks import get_task
 from mamba3_jax.training.optimizer import OptimizerConfig
 
@@ -70,14 +69,13 @@ def main(argv: list[str]) -> int:
     ]
     rates = config.learning_rates
     sweeps = [_sweep(config, *place, peaks) for place in places for peaks in (rates, rates[:1])]
-    with jax.default_matmul_precision("highest"), ThreadPoolExecutor() as pool:
-        # The precision is this thread's, so that only what is lowered here has it. All are compiled at once, because
-        # on a GPU that takes far longer than the measurement.
-        lowered = [sweep.lowered(config.steps, sweep.curriculum.lengths[-1]) for sweep in sweeps]
-        programs = list(pool.map(jax.stages.Lowered.compile, lowered))
+    with jax.default_matmul_precision("highest"):
+        # All at once, because on a GPU that takes far longer than the measurement; and before it.
+        compiling = [sweep.program(config.steps, sweep.curriculum.lengths[-1]) for sweep in sweeps]
+        programs = [program.result() for program in compiling]
         times = [_step_ms(config, *each) for each in zip(sweeps, programs)]
     rows = [_row(config, *place, *ms) for place, ms in zip(places, zip(times[::2], times[1::2]))]
-    summary = dict(command=command.line, device=devices(), jax=jax.__version__, rows=rows)
+    summary = dict(command=command.line, **environment(), rows=rows)
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     (folder / "report.md").write_text(render(command, summary))
     print(f"report: {folder / 'report.md'}")
@@ -133,7 +131,7 @@ def render(command: Command[Config], summary: dict) -> str:
         "",
         f"{len(command.config.learning_rates)} learning rates of one model, vmapped, against a loop of them, which",
         f"is one run's time as often; batches of {command.config.batch_size} rows, float32 with full matmul precision,",
-        f"on {summary['device']}, jax {summary['jax']}. Medians of {command.config.repeats} calls of "
+        f"on {summary['device']}, jax {summary['versions']['jax']}. Medians of {command.config.repeats} calls of "
         f"{command.config.steps} steps. Tokens are those of the rows, without padding.",
         "",
         "| task | layers | width | longest rows | runs at once, ms per step | one run, ms per step | tokens/s per run, "

@@ -4,7 +4,6 @@ import dataclasses
 import math
 import time
 from collections.abc import Iterable
-from importlib.metadata import version
 from typing import Literal
 
 import jax
@@ -14,7 +13,7 @@ from flax import nnx
 
 from experiments.progress import progress
 from experiments.sweep import Runs, Sweep
-from mamba3_jax.inference.reports import devices
+from mamba3_jax.inference.reports import environment
 from mamba3_jax.tasks import Batch
 from mamba3_jax.training.interrupts import interrupts
 from mamba3_jax.training.run_directory import RunDirectory
@@ -43,7 +42,10 @@ class Schedule:
 
 @dataclasses.dataclass
 class Training:
-    """A sweep in progress: the runs, each run's best parameters with the validation they scored, and where it ran."""
+    """A sweep in progress: the runs, and each run's best parameters with the validation they scored.
+
+    `trained_on` has the device and the versions of every machine that took it further, one after the other.
+    """
 
     sweep: Sweep
     schedule: Schedule
@@ -53,15 +55,14 @@ class Training:
     best_step: list[int]
     best_length: list[int]
     seconds: float
-    devices: list[str]
-    versions: dict[str, str]
+    trained_on: list[dict]
     last: dict
 
     @classmethod
     def fresh(cls, sweep: Sweep, schedule: Schedule) -> "Training":
         """Before the first step."""
         runs, n = sweep.init(), len(sweep.seeds)
-        return cls(sweep, schedule, runs, runs.parameters, [{} for _ in range(n)], [0] * n, [0] * n, 0.0, [], {}, {})
+        return cls(sweep, schedule, runs, runs.parameters, [{} for _ in range(n)], [0] * n, [0] * n, 0.0, [], {})
 
     def resumed(self, directory: RunDirectory) -> "Training":
         """From the directory's newest checkpoint, itself if there is none; raises ValueError if that is damaged."""
@@ -69,6 +70,8 @@ class Training:
         if restored is None:
             return self
         arrays, extra = restored
+        # Which checkpoints have not always told.
+        extra.setdefault("trained_on", [dict(device="devices that were not recorded", versions={})])
         return dataclasses.replace(self, runs=arrays["runs"], best=arrays["best"], **extra)
 
     @property
@@ -102,15 +105,12 @@ class Training:
 
     def save(self, directory: RunDirectory) -> None:
         """Starts to write a checkpoint."""
-        names = ("best_validation", "best_step", "best_length", "seconds", "devices", "versions", "last")
+        names = ("best_validation", "best_step", "best_length", "seconds", "trained_on", "last")
         extra = {name: getattr(self, name) for name in names}
         directory.save(self.step, dict(runs=self.runs, best=self.best), extra)
 
     def advance(self, validation: dict[str, list[Batch]], directory: RunDirectory) -> None:
         """One interval of training, and a validation when it is due; one line of metrics."""
-        if devices() not in self.devices:
-            self.devices.append(devices())
-        self.versions = {name: version(name) for name in ("jax", "flax", "optax", "numpy")}
         began, lengths = time.perf_counter(), self.sweep.curriculum.lengths
         stages = self.runs.stage.tolist()
         self.runs, metrics = self.sweep.train(self.runs, self.schedule.interval)
@@ -171,7 +171,8 @@ def train(training: Training, validation: dict[str, list[Batch]], directory: Run
         KeyboardInterrupt: Ctrl-C or SIGTERM, after the interval in progress was saved.
     """
     with interrupts() as stop, progress(training.sweep.max_steps, training.step) as show:
-        training.sweep.compile_ahead(training.runs, training.schedule.interval)
+        if not training.done and environment() not in training.trained_on[-1:]:
+            training.trained_on.append(environment())
         while not training.done:
             if stop:
                 training.save(directory)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mamba3_jax.ops.delta_rule import gated_delta_rule
+from mamba3_jax.ops.delta_rule import CHUNKS_AT_ONCE, UNROLLED_CHUNKS, gated_delta_rule
 from test_layers import assert_close, assert_names, without_type_checks  # noqa: F401, a fixture
 
 
@@ -57,8 +57,15 @@ def test_delta_rule_is_the_recurrence_for_every_chunk_size(t, chunk_size, dtype,
         assert_close(state, last, tolerance)
 
 
-def test_delta_rule_has_the_gradients_of_the_recurrence():
-    """Of every argument, the initial state included, over three packed documents, against jax.grad of the loop."""
+@pytest.mark.parametrize("chunk_size, least, most", [
+    (4, 1, UNROLLED_CHUNKS), (2, UNROLLED_CHUNKS + 1, CHUNKS_AT_ONCE), (1, CHUNKS_AT_ONCE + 1, 13)
+])  # fmt: skip
+def test_delta_rule_has_the_gradients_of_the_recurrence(chunk_size, least, most):
+    """Of every argument, the initial state included, over three packed documents, against jax.grad of the loop.
+
+    Of few chunks, which are unrolled, of a loop over them, and of several groups, which are recomputed.
+    """
+    assert least <= -(-13 // chunk_size) <= most
     lengths = [7, 1, 5]
     ids = jnp.asarray(np.repeat([np.arange(3)] * 2, lengths, axis=1), jnp.int32)
     weights = np.random.default_rng(1)
@@ -67,7 +74,7 @@ def test_delta_rule_has_the_gradients_of_the_recurrence():
         w_o, w_state = (jnp.asarray(weights.standard_normal(shape)) for shape in ((2, 13, 3, 5), (2, 3, 5, 6)))
 
         def chunked_loss(*inputs):
-            o, state = gated_delta_rule(*inputs[:5], initial_state=inputs[5], segment_ids=ids, chunk_size=4)
+            o, state = gated_delta_rule(*inputs[:5], initial_state=inputs[5], segment_ids=ids, chunk_size=chunk_size)
             return jnp.sum(w_o * o) + jnp.sum(w_state * state)
 
         def plain_loss(*inputs):
@@ -111,6 +118,18 @@ def test_delta_rule_continues_and_packs():
             assert_close(o[row, start : start + length, head], expected)
             start, entered = start + length, np.zeros((5, 6))
         assert_close(state[row, head], states[-1])
+
+
+def test_memory_of_a_long_row_is_that_of_some_of_its_chunks():
+    """A row of 65,536 tokens takes little more beside its inputs and outputs than one of 4,096."""
+
+    def temporaries(t):
+        vectors = jax.ShapeDtypeStruct((1, t, 2, 8), jnp.float32)
+        numbers = jax.ShapeDtypeStruct((1, t, 2), jnp.float32)
+        program = jax.jit(gated_delta_rule).lower(vectors, vectors, vectors, numbers, numbers).compile()
+        return program.memory_analysis().temp_size_in_bytes
+
+    assert 0 < temporaries(65_536) < 1.5 * temporaries(4_096)
 
 
 def repeated_key(t: int) -> tuple[np.ndarray, ...]:

@@ -409,7 +409,7 @@ def test_a_sweep_ends_early_only_when_every_seed_is_solved(solved, ends):
     one = make_sweep(peaks=(1e-2, 3e-3) * 2, seeds=(0, 0, 1, 1))
     schedule = Schedule(1, 1, "8", "accuracy", solved=0.9)
     scores = [{"8": dict(accuracy=1.0 if i in solved else 0.5, loss=1.0)} for i in range(4)]
-    training = Training(one, schedule, one.init(), None, scores, [1] * 4, [8] * 4, 0.0, [], {}, {})
+    training = Training(one, schedule, one.init(), None, scores, [1] * 4, [8] * 4, 0.0, [], {})
     assert training.done is ends
     assert training.by_seed == [[0, 1], [2, 3]]
 

@@ -127,22 +127,47 @@ def test_an_interrupted_run_resumes_with_an_identical_stream(tiny, finished, tmp
     assert all(results[0][key] == results[1][key] for key in ("test", "selected", "device", "versions"))
 
 
-def test_the_summary_names_the_devices_that_trained_and_those_that_tested(tiny, tmp_path, monkeypatch):
-    """A run cut short on one machine, continued on another and tested on a third."""
-    directory, machine, train = tmp_path / "moved", ["first"], Sweep.train
+def test_the_summary_names_what_trained_and_what_tested(tiny, tmp_path, monkeypatch):
+    """A run cut short on one machine, continued on another with a newer JAX, and tested on a third."""
+    directory, train = tmp_path / "moved", Sweep.train
+
+    def machine(name, jax):
+        return lambda: dict(device=name, versions=dict(jax=jax, optax="1"))
 
     def interrupted(self, runs, steps):
         os.kill(os.getpid(), signal.SIGINT)
         return train(self, runs, steps)
 
-    monkeypatch.setattr(training, "devices", lambda: machine[0])
-    monkeypatch.setattr(report, "devices", lambda: "third")
+    monkeypatch.setattr(report, "environment", machine("third", "4"))
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "environment", machine("first", "2"))
         patch.setattr(Sweep, "train", interrupted)
         assert _run(tiny, directory) == INTERRUPTED
-    machine[0] = "second"
+    monkeypatch.setattr(training, "environment", machine("second", "3"))
     assert _run(tiny, directory) == 0
-    assert json.loads((directory / "summary.json").read_text())["device"] == "first; then second, its test on third"
+    summary = json.loads((directory / "summary.json").read_text())
+    assert summary["device"] == "first; then second; its test on third"
+    assert summary["versions"] == dict(jax="2, then 3", optax="1")
+
+
+def test_a_checkpoint_that_does_not_tell_where_it_was_made_still_resumes(tiny, finished, tmp_path):
+    """As sweeps wrote them at first; nothing is claimed of a machine that is not known."""
+    directory, train, save = tmp_path / "older", Sweep.train, RunDirectory.save
+
+    def interrupted(self, runs, steps):
+        os.kill(os.getpid(), signal.SIGINT)
+        return train(self, runs, steps)
+
+    def without(self, step, arrays, extra):
+        save(self, step, arrays, {key: value for key, value in extra.items() if key != "trained_on"})
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Sweep, "train", interrupted)
+        patch.setattr(RunDirectory, "save", without)
+        assert _run(tiny, directory) == INTERRUPTED
+    assert _run(tiny, directory) == 0
+    devices = [json.loads((d / "summary.json").read_text())["device"] for d in (directory, finished)]
+    assert devices[0] == f"devices that were not recorded; then {devices[1]}"
 
 
 def test_a_damaged_checkpoint_is_one_line_that_names_its_file(tiny, finished, tmp_path, capsys):
@@ -367,22 +392,24 @@ def test_stages_end_when_solved_or_when_their_steps_are_spent():
     assert runs.stage.tolist() == [1, 1] and runs.stage_steps.tolist() == [0, 0]
 
 
-def test_what_is_compiled_ahead_is_what_trains_the_sizes_to_come(monkeypatch):
-    """Of a run that is in the second of three stages, two sizes, each once; training compiles no more."""
-    sizes, lowered = [], Sweep.lowered
+def test_the_next_stage_is_compiled_while_one_trains(monkeypatch):
+    """Each of three sizes once, and in the precision of the thread that trains."""
+    programs, one_step = [], Sweep.one_step
 
-    def spy(self, steps, longest):
-        sizes.append(longest)
-        return lowered(self, steps, longest)
+    def spy(self, run, peak, key, longest):
+        programs.append((longest, jax.config.jax_default_matmul_precision))
+        return one_step(self, run, peak, key, longest)
 
-    monkeypatch.setattr(Sweep, "lowered", spy)
-    sweep = _sweep(curriculum=CurriculumConfig((4, 8, 16), 1.0, stage_steps=5), max_steps=30)
-    runs = sweep.init()._replace(stage=np.array([0, 1], np.int32))
-    sweep.compile_ahead(runs, 5)
-    assert sizes == [8, 16]
-    for _ in range(2):
-        runs, _ = sweep.train(runs, 5)
-    assert runs.stage.tolist() == [2, 2] and sizes == [8, 16]
+    monkeypatch.setattr(Sweep, "one_step", spy)
+    sweep = _sweep(curriculum=CurriculumConfig((4, 8, 16), 1.0, stage_steps=5), max_steps=35)
+    runs, traced = sweep.init(), []
+    with jax.default_matmul_precision("highest"):
+        for _ in range(4):
+            runs, _ = sweep.train(runs, 5)
+            traced.append(list(dict.fromkeys(programs)))
+    expected = [(4, "highest"), (8, "highest"), (16, "highest")]
+    assert traced == [expected[:2], expected, expected, expected]
+    assert len(programs) == len(expected)
 
 
 def test_learning_rate_warms_up_and_follows_the_cosine():

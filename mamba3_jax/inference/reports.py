@@ -1,4 +1,4 @@
-"""What the reports of `mamba3 eval` and `mamba3 inspect` share: tables, the machine, the files they read and write."""
+"""What the reports of `mamba3 eval`, `mamba3 inspect` and the sweeps share: tables, the machine, files."""
 
 import json
 import platform
@@ -36,12 +36,8 @@ def command_line(argv: Sequence[str]) -> str:
 
 def environment() -> dict[str, str | dict[str, str]]:
     """The device and the versions, for a summary."""
-    return dict(device=devices(), versions={name: version(name) for name in ("jax", "flax", "numpy")})
-
-
-def devices() -> str:
-    """The devices here, in words."""
-    return f"{jax.device_count()} x {jax.devices()[0].device_kind} ({jax.default_backend()}), {platform.machine()}"
+    device = f"{jax.device_count()} x {jax.devices()[0].device_kind} ({jax.default_backend()}), {platform.machine()}"
+    return dict(device=device, versions={name: version(name) for name in ("jax", "flax", "optax", "numpy")})
 
 
 def read_text(name: str, path: Path) -> str:

@@ -9,15 +9,15 @@ alpha in a chunk of c tokens, the writes of the chunk solve one unit lower trian
     o_i   = exp(cs_i) S_in q_i + sum_{j <= i} exp(cs_i - cs_j) (q_i . k_j) u_j
     S_out = exp(cs_c) S_in + sum_j exp(cs_c - cs_j) u_j k_j^T
 
-A scan over chunks carries S and does what needs it: r, u and S_out. All else is computed for all chunks at once. The
+A scan over chunks carries S and does what needs it: r, u and S_out. All else is computed for many chunks at once. The
 paper solves for two right-hand sides before the scan, beta_i v_i and beta_i exp(cs_i) k_i (its WY form), of which u is
-a combination; r is one, half the work, and known inside the scan.
+a combination; r is one, known inside the scan.
 
 The system is solved by substitution, which is the recurrence itself and as well behaved. I - L + L^2 - ... is the same
 inverse but no way to compute it: with beta near 2 and a repeated key the powers of L grow like binomials and cancel.
 So does the inverse itself, times r: 100 times the error over 1,000 tokens of that key, in float32.
-Every exponent is <= 0 and masked before exp. Nothing is recomputed in the backward pass: c x c numbers and the state on
-entry are kept of every chunk, which is linear in t.
+Every exponent is <= 0 and masked before exp. c x c numbers of every chunk and the state on its entry are kept for the
+backward pass; of longer rows than CHUNKS_AT_ONCE chunks only of so many, which are recomputed.
 """
 
 from typing import NamedTuple
@@ -34,15 +34,29 @@ from mamba3_jax.ops.discretization import MIN_LOG_DECAY, document_starts
 CHUNK_SIZE = 64
 # So many chunks are unrolled: a loop copies each slice it reads or writes, and starts a kernel for each.
 UNROLLED_CHUNKS = 4
+# What is made for so many chunks at once bounds the memory of a long row.
+CHUNKS_AT_ONCE = 8
+
+
+class _Inputs(NamedTuple):
+    """What the caller gives, of N chunks of every row; with a leading axis when scanned."""
+
+    q: Float[Array, "*M N b c h n"]
+    k: Float[Array, "*M N b c h n"]
+    v: Float[Array, "*M N b c h p"]
+    log_alpha: Float[Array, "*M N b c h"]
+    beta: Float[Array, "*M N b c h"]
+    starts: Bool[Array, "*M N b c"]
 
 
 class _Chunk(NamedTuple):
     """What takes the state through one chunk of every row; with a leading axis of chunks when scanned."""
 
     L: Float[Array, "*N b h c c"]
-    v: Float[Array, "*N b h c p"]
-    k_entry: Float[Array, "*N b h c n"]
-    k_exit: Float[Array, "*N b h c n"]
+    k: Float[Array, "*N b h c n"]
+    weighted_v: Float[Array, "*N b h c p"]
+    read: Float[Array, "*N b h c 1"]
+    write: Float[Array, "*N b h c 1"]
     decay: Float[Array, "*N b h 1 1"]
 
 
@@ -81,41 +95,63 @@ def gated_delta_rule(
     _check(q, k, v, log_alpha, beta, initial_state, segment_ids, chunk_size)
     b, t, h, n = q.shape
     p = v.shape[-1]
-    compute, dtype = v.dtype, jnp.promote_types(v.dtype, jnp.float32)
+    dtype = jnp.promote_types(v.dtype, jnp.float32)
     chunks = -(-t // chunk_size)
-    c = -(-t // chunks)
-    starts = jnp.zeros((b, t), bool) if segment_ids is None else document_starts(segment_ids)
-    log_alpha = jnp.maximum(log_alpha.astype(dtype), MIN_LOG_DECAY)
-    *inputs, starts = (split_time(a, chunks, c) for a in (q, k, v, log_alpha, beta.astype(dtype)[..., None], starts))
-    q, k, v, log_alpha, beta = (jnp.moveaxis(a, 2, 3) for a in inputs)
-    within, on_entry, on_exit = jax.vmap(_decays)(log_alpha, starts)
-    row = _Chunk(
+    groups = -(-chunks // CHUNKS_AT_ONCE)
+    at_once = -(-chunks // groups)
+    c = -(-t // (groups * at_once))
+    row = _Inputs(
+        q=q,
+        k=k,
+        v=v,
+        log_alpha=jnp.maximum(log_alpha.astype(dtype), MIN_LOG_DECAY),
+        beta=beta.astype(dtype),
+        starts=jnp.zeros((b, t), bool) if segment_ids is None else document_starts(segment_ids),
+    )
+    row = jax.tree.map(lambda a: split_time(a, groups * at_once, c), row)
+    state = jnp.zeros((b, h, p, n), dtype) if initial_state is None else initial_state.astype(dtype)
+    if groups == 1:
+        state, o = _chunks(state, row)
+    else:
+        row = jax.tree.map(lambda a: a.reshape(groups, at_once, *a.shape[1:]), row)
+        state, o = jax.lax.scan(jax.checkpoint(_chunks, prevent_cse=False), state, row)
+        o = o.reshape(groups * at_once, *o.shape[2:])
+    return jnp.moveaxis(o, 0, 1).reshape(b, -1, h, p)[:, :t], state
+
+
+def _chunks(
+    state: Float[Array, "b h p n"], inputs: _Inputs
+) -> tuple[Float[Array, "b h p n"], Float[Array, "N b c h p"]]:
+    """The state after some chunks, and their outputs."""
+    compute, dtype = inputs.v.dtype, state.dtype
+    q, k, v, log_alpha, beta = (jnp.moveaxis(a, 2, 3) for a in inputs[:-1])
+    within, on_entry, on_exit = jax.vmap(_decays)(log_alpha, inputs.starts)
+    chunks = _Chunk(
         # Only what is below the diagonal is read.
-        L=beta * within * matmul("Nbhin,Nbhjn->Nbhij", k, k, dtype),
-        v=beta * v,
-        k_entry=(beta * on_entry[..., None] * k).astype(compute),
-        k_exit=(on_exit[..., None] * k).astype(compute),
+        L=beta[..., None] * within * matmul("Nbhin,Nbhjn->Nbhij", k, k, dtype),
+        k=k,
+        weighted_v=beta[..., None] * v,
+        read=(beta * on_entry)[..., None],
+        write=on_exit[..., None],
         decay=on_entry[..., -1, None, None],
     )
-    state = jnp.zeros((b, h, p, n), dtype) if initial_state is None else initial_state.astype(dtype)
-    state, (u, entered) = jax.lax.scan(_chunk_step, state, row, unroll=chunks <= UNROLLED_CHUNKS)
-
+    state, (u, entered) = jax.lax.scan(_chunk_step, state, chunks, unroll=len(k) <= UNROLLED_CHUNKS)
     scores = within * matmul("Nbhin,Nbhjn->Nbhij", q, k, dtype)
     o = matmul("Nbhij,Nbhjp->Nbhip", scores.astype(compute), u, dtype)
     o = o + on_entry[..., None] * matmul("Nbhin,Nbhpn->Nbhip", q, entered, dtype)
-    o = jnp.moveaxis(o.astype(compute), (0, 3), (1, 2))
-    return o.reshape(b, chunks * c, h, p)[:, :t], state
+    return state, jnp.moveaxis(o.astype(compute), 3, 2)
 
 
 def _chunk_step(
     state: Float[Array, "b h p n"], chunk: _Chunk
 ) -> tuple[Float[Array, "b h p n"], tuple[Float[Array, "b h c p"], Float[Array, "b h p n"]]]:
     """The state on exit; the writes, and the state on entry."""
-    compute, dtype = chunk.k_exit.dtype, state.dtype
+    compute, dtype = chunk.k.dtype, state.dtype
     entered = state.astype(compute)
-    target = chunk.v - matmul("bhin,bhpn->bhip", chunk.k_entry, entered, dtype)
-    u = jax.lax.linalg.triangular_solve(chunk.L, target, left_side=True, lower=True, unit_diagonal=True).astype(compute)
-    return chunk.decay * state + matmul("bhjp,bhjn->bhpn", u, chunk.k_exit, dtype), (u, entered)
+    target = chunk.weighted_v - chunk.read * matmul("bhin,bhpn->bhip", chunk.k, entered, dtype)
+    u = jax.lax.linalg.triangular_solve(chunk.L, target, left_side=True, lower=True, unit_diagonal=True)
+    written = matmul("bhjp,bhjn->bhpn", (chunk.write * u).astype(compute), chunk.k, dtype)
+    return chunk.decay * state + written, (u.astype(compute), entered)
 
 
 def _decays(
