@@ -140,7 +140,7 @@ def summaries(command: Command[GridConfig]) -> dict[tuple[str, str, int], dict]:
 
 def training_time(done: Collection[dict]) -> str:
     """Of the summaries of some cells."""
-    devices = "; ".join(sorted({summary["device"] for summary in done}))
+    devices = " / ".join(sorted({summary["device"] for summary in done}))
     hours = sum(summary["seconds"] for summary in done) / 3600
     return f"{hours:.2f} hours of training on {devices} (each cell's own time, also where several shared a device)"
 

@@ -153,7 +153,7 @@ def render(command, summary: dict) -> str:
         "",
         f"Trained for {summary['steps']} steps of {config.batch_size} rows, {len(summary['runs'])} runs at once, in "
         f"{summary['seconds']:.0f} s on {summary['device']}; float32 with full matmul precision; "
-        + ", ".join(f"{name} {number}" for name, number in summary["versions"].items())
+        + (", ".join(f"{name} {number}" for name, number in summary["versions"].items()) or "versions not recorded")
         + ".",
         "",
     ]

@@ -147,7 +147,7 @@ def _cost(command: Command[GridConfig], done: dict[tuple[str, str, int], dict]) 
         planned = [place for place in command.config.places if place[:2] in PAPER and place[0] == model]
         ran = [done[place] for place in planned if place in done]
         minutes = sum(summary["seconds"] for summary in ran) / 60
-        devices = "; ".join(sorted({summary["device"] for summary in ran})) or "-"
+        devices = " / ".join(sorted({summary["device"] for summary in ran})) or "-"
         lines.append(f"| {NAMES.get(model, model)} | {len(ran)} of {len(planned)} | {minutes:.1f} | {devices} |")
     return lines
 
