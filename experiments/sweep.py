@@ -7,7 +7,6 @@ Every run has its own parameters, data and place in the curriculum; only the sha
 import dataclasses
 import functools
 import os
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
 import jax
@@ -112,9 +111,7 @@ class Sweep:
         """
         stage = int(jnp.where(runs.failed, 0, runs.stage).max())
         program = self.program(steps, self.curriculum.longest(stage))
-        # The next stage's is ready when its turn comes: compiling may take as long as a stage.
-        self.program(steps, self.curriculum.longest(min(stage + 1, len(self.curriculum.lengths) - 1)))
-        return program.result()(jax.device_put(runs, _sharding(len(self.seeds))))
+        return program(jax.device_put(runs, _sharding(len(self.seeds))))
 
     def evaluate(self, parameters: nnx.State, batch: Batch) -> Metrics:
         """Every run's accuracy and loss on one batch."""
@@ -122,13 +119,13 @@ class Sweep:
         everywhere = NamedSharding(_sharding(len(batch.tokens)).mesh, PartitionSpec())
         return _evaluate(self, jax.device_put(parameters, everywhere), batch)
 
-    def program(self, steps: int, longest: int) -> Future[jax.stages.Compiled]:
-        """What `train` calls for rows of up to `longest` tokens, while it is compiled."""
+    def program(self, steps: int, longest: int) -> jax.stages.Compiled:
+        """What `train` calls for rows of up to `longest` tokens."""
         return _program(self, steps, longest)
 
     def memory_needed(self, steps: int) -> int:
         """Bytes on each device while the longest rows train, as the compiler counts them."""
-        memory = self.program(steps, self.curriculum.lengths[-1]).result().memory_analysis()
+        memory = self.program(steps, self.curriculum.lengths[-1]).memory_analysis()
         return memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
 
     def learning_rates(self, step: int) -> Float[Array, " runs"]:
@@ -197,18 +194,12 @@ def _abstract(model: LMConfig) -> tuple[nnx.GraphDef, nnx.State]:
     return nnx.split(abstract_model(model), nnx.Param)
 
 
-# Python waits for their work before it ends.
-_COMPILERS = ThreadPoolExecutor()
-
-
 # As many as a curriculum has sizes; those of the sweep before it are let go.
 @functools.lru_cache(maxsize=8)
-def _program(sweep: Sweep, steps: int, longest: int) -> Future[jax.stages.Compiled]:
+def _program(sweep: Sweep, steps: int, longest: int) -> jax.stages.Compiled:
     each = _sharding(len(sweep.seeds))
     runs = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=each), jax.eval_shape(sweep.init))
-    # Lowered here, because the precision of matrix products is a setting of the thread.
-    lowered = _train.lower(sweep, steps, longest, runs)
-    return _COMPILERS.submit(lowered.compile)
+    return _train.lower(sweep, steps, longest, runs).compile()
 
 
 @jax.jit(static_argnames=("sweep", "steps", "longest"))

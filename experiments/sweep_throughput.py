@@ -70,10 +70,7 @@ def main(argv: list[str]) -> int:
     rates = config.learning_rates
     sweeps = [_sweep(config, *place, peaks) for place in places for peaks in (rates, rates[:1])]
     with jax.default_matmul_precision("highest"):
-        # All at once, because on a GPU that takes far longer than the measurement; and before it.
-        compiling = [sweep.program(config.steps, sweep.curriculum.lengths[-1]) for sweep in sweeps]
-        programs = [program.result() for program in compiling]
-        times = [_step_ms(config, *each) for each in zip(sweeps, programs)]
+        times = [_step_ms(config, sweep) for sweep in sweeps]
     rows = [_row(config, *place, *ms) for place, ms in zip(places, zip(times[::2], times[1::2]))]
     summary = dict(command=command.line, **environment(), rows=rows)
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
@@ -112,7 +109,8 @@ def _sweep(config: Config, task: str, n_layers: int, d_model: int, length: int, 
     )
 
 
-def _step_ms(config: Config, sweep: Sweep, program: jax.stages.Compiled) -> float:
+def _step_ms(config: Config, sweep: Sweep) -> float:
+    program = sweep.program(config.steps, sweep.curriculum.lengths[-1])
     runs, _ = jax.block_until_ready(program(sweep.init()))
     times = []
     for _ in range(config.repeats):
