@@ -110,8 +110,8 @@ class Sweep:
         A run whose loss or gradient is not finite fails: it keeps the parameters it had, and disturbs no other.
         """
         stage = int(jnp.where(runs.failed, 0, runs.stage).max())
-        program = self.program(steps, self.curriculum.longest(stage))
-        return program(jax.device_put(runs, _sharding(len(self.seeds))))
+        run = _compiled(self, steps, self.curriculum.longest(stage))
+        return run(jax.device_put(runs, _sharding(len(self.seeds))))
 
     def evaluate(self, parameters: nnx.State, batch: Batch) -> Metrics:
         """Every run's accuracy and loss on one batch."""
@@ -119,13 +119,9 @@ class Sweep:
         everywhere = NamedSharding(_sharding(len(batch.tokens)).mesh, PartitionSpec())
         return _evaluate(self, jax.device_put(parameters, everywhere), batch)
 
-    def program(self, steps: int, longest: int) -> jax.stages.Compiled:
-        """What `train` calls for rows of up to `longest` tokens."""
-        return _program(self, steps, longest)
-
     def memory_needed(self, steps: int) -> int:
         """Bytes on each device while the longest rows train, as the compiler counts them."""
-        memory = self.program(steps, self.curriculum.lengths[-1]).memory_analysis()
+        memory = _compiled(self, steps, self.curriculum.lengths[-1]).memory_analysis()
         return memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
 
     def learning_rates(self, step: int) -> Float[Array, " runs"]:
@@ -196,7 +192,7 @@ def _abstract(model: LMConfig) -> tuple[nnx.GraphDef, nnx.State]:
 
 # As many as a curriculum has sizes; those of the sweep before it are let go.
 @functools.lru_cache(maxsize=8)
-def _program(sweep: Sweep, steps: int, longest: int) -> jax.stages.Compiled:
+def _compiled(sweep: Sweep, steps: int, longest: int) -> jax.stages.Compiled:
     each = _sharding(len(sweep.seeds))
     runs = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=each), jax.eval_shape(sweep.init))
     return _train.lower(sweep, steps, longest, runs).compile()

@@ -60,18 +60,13 @@ def main(argv: list[str]) -> int:
     """The command; returns the exit status."""
     command = parse("sweep_throughput", Config, argv)
     folder = results_folder(command.results_dir)
-    config = command.config
-    places = [
-        (task, n_layers, d_model, length)
-        for task, n_layers in CELLS
-        for d_model in config.d_models
-        for length in config.lengths
-    ]
-    rates = config.learning_rates
-    sweeps = [_sweep(config, *place, peaks) for place in places for peaks in (rates, rates[:1])]
     with jax.default_matmul_precision("highest"):
-        times = [_step_ms(config, sweep) for sweep in sweeps]
-    rows = [_row(config, *place, *ms) for place, ms in zip(places, zip(times[::2], times[1::2]))]
+        rows = [
+            _measure(command.config, task, n_layers, d_model, length)
+            for task, n_layers in CELLS
+            for d_model in command.config.d_models
+            for length in command.config.lengths
+        ]
     summary = dict(command=command.line, **environment(), rows=rows)
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     (folder / "report.md").write_text(render(command, summary))
@@ -79,8 +74,10 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _row(config: Config, task: str, n_layers: int, d_model: int, length: int, together: float, alone: float) -> dict:
-    """What a step of all runs takes, in milliseconds: together, and as a loop of runs."""
+def _measure(config: Config, task: str, n_layers: int, d_model: int, length: int) -> dict:
+    """Milliseconds of one step of all runs: together, and as a loop of runs."""
+    together = _step_ms(config, _sweep(config, task, n_layers, d_model, length, config.learning_rates))
+    alone = _step_ms(config, _sweep(config, task, n_layers, d_model, length, config.learning_rates[:1]))
     runs = len(config.learning_rates)
     # Rows of every length up to the longest, so that half of it is the mean.
     tokens = config.batch_size * (get_task(task).min_length + length) / 2
@@ -110,12 +107,11 @@ def _sweep(config: Config, task: str, n_layers: int, d_model: int, length: int, 
 
 
 def _step_ms(config: Config, sweep: Sweep) -> float:
-    program = sweep.program(config.steps, sweep.curriculum.lengths[-1])
-    runs, _ = jax.block_until_ready(program(sweep.init()))
+    runs, _ = jax.block_until_ready(sweep.train(sweep.init(), config.steps))
     times = []
     for _ in range(config.repeats):
         began = time.perf_counter()
-        runs, _ = jax.block_until_ready(program(runs))
+        runs, _ = jax.block_until_ready(sweep.train(runs, config.steps))
         times.append(time.perf_counter() - began)
     return 1e3 * statistics.median(times) / config.steps
 

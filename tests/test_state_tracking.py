@@ -127,21 +127,28 @@ def test_an_interrupted_run_resumes_with_an_identical_stream(tiny, finished, tmp
     assert all(results[0][key] == results[1][key] for key in ("test", "selected", "device", "versions"))
 
 
-def test_the_summary_names_what_trained_and_what_tested(tiny, tmp_path, monkeypatch):
-    """A run cut short on one machine, continued on another with a newer JAX, and tested on a third."""
-    directory, train = tmp_path / "moved", Sweep.train
-
-    def machine(name, jax):
-        return lambda: dict(device=name, versions=dict(jax=jax, optax="1"))
+def _interrupt(patch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C in a run's first interval."""
+    train = Sweep.train
 
     def interrupted(self, runs, steps):
         os.kill(os.getpid(), signal.SIGINT)
         return train(self, runs, steps)
 
+    patch.setattr(Sweep, "train", interrupted)
+
+
+def test_the_summary_names_what_trained_and_what_tested(tiny, tmp_path, monkeypatch):
+    """A run cut short on one machine, continued on another with a newer JAX, and tested on a third."""
+    directory = tmp_path / "moved"
+
+    def machine(name, jax):
+        return lambda: dict(device=name, versions=dict(jax=jax, optax="1"))
+
     monkeypatch.setattr(report, "environment", machine("third", "4"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training, "environment", machine("first", "2"))
-        patch.setattr(Sweep, "train", interrupted)
+        _interrupt(patch)
         assert _run(tiny, directory) == INTERRUPTED
     monkeypatch.setattr(training, "environment", machine("second", "3"))
     assert _run(tiny, directory) == 0
@@ -152,17 +159,13 @@ def test_the_summary_names_what_trained_and_what_tested(tiny, tmp_path, monkeypa
 
 def test_a_checkpoint_that_does_not_tell_where_it_was_made_still_resumes(tiny, finished, tmp_path):
     """As sweeps wrote them at first; nothing is claimed of a machine that is not known."""
-    directory, train, save = tmp_path / "older", Sweep.train, RunDirectory.save
-
-    def interrupted(self, runs, steps):
-        os.kill(os.getpid(), signal.SIGINT)
-        return train(self, runs, steps)
+    directory, save = tmp_path / "older", RunDirectory.save
 
     def without(self, step, arrays, extra):
         save(self, step, arrays, {key: value for key, value in extra.items() if key != "trained_on"})
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Sweep, "train", interrupted)
+        _interrupt(patch)
         patch.setattr(RunDirectory, "save", without)
         assert _run(tiny, directory) == INTERRUPTED
     assert _run(tiny, directory) == 0
