@@ -27,6 +27,7 @@ class ModelConfig(Mamba3Config):
         n_layers: blocks.
         mlp_width: hidden width of each block's MLP; 0 is none.
         n_heads: attention's heads.
+        dtype: dtype of the matrix products, "float32" or "bfloat16"; parameters are float32.
     """
 
     rotation: Rotation | None = None
@@ -35,6 +36,7 @@ class ModelConfig(Mamba3Config):
     n_layers: int = 1
     mlp_width: int = 0
     n_heads: int = 1
+    dtype: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self):
         check_choice("mixer", self.mixer, get_args(Mixer))
@@ -66,8 +68,8 @@ class ModelConfig(Mamba3Config):
 
     def lm(self, vocab_size: int) -> LMConfig:
         """The whole model over a vocabulary."""
-        return LMConfig(self.mixer_config(), self.n_layers, vocab_size, mlp_width=self.mlp_width)
+        return LMConfig(self.mixer_config(), self.n_layers, vocab_size, self.mlp_width, dtype=self.dtype)
 
 
 # Options of the model, not of its mixer; and sizes of a state, which attention has none of but shares in a grid.
-COMMON = {"mixer", "n_layers", "mlp_width", "d_state", "head_dim"}
+COMMON = {"mixer", "n_layers", "mlp_width", "dtype", "d_state", "head_dim"}

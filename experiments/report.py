@@ -152,12 +152,17 @@ def render(command, summary: dict) -> str:
     lines += [
         "",
         f"Trained for {summary['steps']} steps of {config.batch_size} rows, {len(summary['runs'])} runs at once, in "
-        f"{summary['seconds']:.0f} s on {summary['device']}; float32 with full matmul precision; "
+        f"{summary['seconds']:.0f} s on {summary['device']}; {precision(config.model.dtype)}; "
         + (", ".join(f"{name} {number}" for name, number in summary["versions"].items()) or "versions not recorded")
         + ".",
         "",
     ]
     return "\n".join(lines)
+
+
+def precision(dtype: str) -> str:
+    """How exactly a cell computed, by the dtype of its matrix products."""
+    return "float32 with full matmul precision" if dtype == "float32" else f"matrix products in {dtype}"
 
 
 # A property of the data stream that the protocol does not have, so it is said in every report.

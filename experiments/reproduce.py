@@ -129,7 +129,7 @@ RESULTS_BY_NAME: dict[str, Result] = {
     ),
     "sweep_throughput": Result(
         "training many runs at once against a loop of single runs",
-        "sweep_throughput", (), "sweep_throughput", "10 min", "3 min",
+        "sweep_throughput", (), "sweep_throughput", "10 min", "6 min",
         (
             *("--d_models=[32]", "--lengths=[8]", "--learning_rates=[1e-3,2e-3]"),
             *("--batch_size=4", "--steps=1", "--repeats=1"),

@@ -8,6 +8,7 @@ holds summary.json and report.md.
 """
 
 import dataclasses
+import itertools
 import json
 import statistics
 import time
@@ -60,16 +61,14 @@ def main(argv: list[str]) -> int:
     """The command; returns the exit status."""
     command = parse("sweep_throughput", Config, argv)
     folder = results_folder(command.results_dir)
+    config = command.config
+    summary = dict(command=command.line, **environment(), rows=[])
     with jax.default_matmul_precision("highest"):
-        rows = [
-            _measure(command.config, task, n_layers, d_model, length)
-            for task, n_layers in CELLS
-            for d_model in command.config.d_models
-            for length in command.config.lengths
-        ]
-    summary = dict(command=command.line, **environment(), rows=rows)
-    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    (folder / "report.md").write_text(render(command, summary))
+        for (task, n_layers), d_model, length in itertools.product(CELLS, config.d_models, config.lengths):
+            summary["rows"].append(_measure(config, task, n_layers, d_model, length))
+            # Row by row, since each compiles for most of a minute.
+            (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+            (folder / "report.md").write_text(render(command, summary))
     print(f"report: {folder / 'report.md'}")
     return 0
 

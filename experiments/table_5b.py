@@ -4,8 +4,8 @@
 
 Mamba-3, its rotation replaced or left out, Mamba-2 and Gated DeltaNet, on parity and on arithmetic modulo 5 without and
 with brackets. Each cell is a sweep over learning rates; of all widths and rates the best by validation is tested.
-Three more columns, which the paper has not, have brackets with heads of 16, and, asked for the running value at every
-digit, with heads of 64 and of 16.
+Four more columns, which the paper has not, have brackets with heads of 16, without and with weight decay, and, asked for
+the running value at every digit, with heads of 64 and of 16.
 """
 
 import matplotlib
@@ -50,6 +50,7 @@ TASK_NAMES = {
     "modular_arithmetic": "mod 5, no brackets",
     "modular_arithmetic_brackets": "mod 5, brackets",
     "modular_arithmetic_brackets,head_dim=16": "mod 5, brackets, heads of 16",
+    "modular_arithmetic_brackets,head_dim=16,weight_decay=0.1": "mod 5, brackets, heads of 16, weight decay 0.1",
     "modular_arithmetic_brackets,every": "mod 5, brackets, asked at every digit",
     "modular_arithmetic_brackets,every,head_dim=16": "mod 5, brackets, asked at every digit, heads of 16",
 }
@@ -158,9 +159,15 @@ def _deviations(done: dict[tuple[str, str, int], dict]) -> list[str]:
     for (model, task, d), summary in done.items():
         for text in summary["deviations"]:
             holders.setdefault(text, []).append(f"{model},{task},d={d}")
-    return [
-        f"- {text} ({'all cells' if len(names) == len(done) else ', '.join(names)})" for text, names in holders.items()
-    ]
+    everyone = [f"{model},{task},d={d}" for model, task, d in done]
+    lines = []
+    for text, names in holders.items():
+        others = [name for name in everyone if name not in names]
+        where = ", ".join(names)
+        if len(others) < len(names):
+            where = "all cells" + (f" but {', '.join(others)}" if others else "")
+        lines.append(f"- {text} ({where})")
+    return lines
 
 
 def _unreached(command: Command[GridConfig], done: dict[tuple[str, str, int], dict]) -> list[str]:

@@ -136,6 +136,19 @@ def test_logits_of_the_asked_positions_only_give_the_same_loss_and_accuracy():
         np.testing.assert_allclose(correct, accuracy(logits, batch), rtol=1e-6)
 
 
+@pytest.mark.parametrize("model", MODELS)
+def test_bfloat16_products_train_float32_parameters(model):
+    """After a few steps the losses are the float32 ones to bfloat16's accuracy, and are not the same."""
+    losses, options = {}, MODELS[model] | dict(d_model=32, d_state=16, n_layers=2)
+    for dtype in ("float32", "bfloat16"):
+        one = make_sweep("modular_arithmetic", options | dict(dtype=dtype), curriculum=CurriculumConfig((16,)))
+        runs, metrics = one.train(one.init(), 4)
+        assert {leaf.dtype for leaf in jax.tree.leaves(runs.parameters)} == {jnp.dtype("float32")}
+        losses[dtype] = metrics.loss
+    np.testing.assert_allclose(losses["bfloat16"], losses["float32"], rtol=1e-2)
+    assert (losses["bfloat16"] != losses["float32"]).all()
+
+
 @pytest.mark.parametrize(
     "lengths, longest",
     [((10, 20, 40, 80, 160), (10, 20, 40, 80, 160)), ((40, 80, 120, 160), (40, 80, 160, 160)), ((7, 9), (9, 9))],

@@ -45,17 +45,21 @@ def test_results_in_the_table_are_the_committed_ones():
 
 
 def test_table_5b_is_the_committed_one():
-    """Row by row the paper's three columns; the other columns and how many cells were run in words."""
+    """Row by row the paper's three columns and the one that comes to the paper's figure; the rest in words."""
     text = " ".join(README.split())
     report = _tables(_committed("results/table_5b/report.md"))
-    committed = {cells[0]: cells[1:] for cells in report if len(cells) == 7 and cells[1].endswith(")")}
+    committed = {cells[0]: cells[1:] for cells in report if len(cells) == 8 and cells[1].endswith(")")}
     ours = {cells[0]: cells[1:] for cells in _tables(README) if cells[0] in committed and cells[1].endswith(")")}
-    assert ours == {name: cells[:3] for name, cells in committed.items()}
-    narrow, every, both = committed["Mamba-3"][3:]
+    assert ours == {name: [*cells[:3], cells[4]] for name, cells in committed.items()}
+    narrow, decayed, every, both = committed["Mamba-3"][3:]
     name = "results/table_5b/mamba3,modular_arithmetic_brackets,{}d=64/summary.json"
-    at_160 = [json.loads(_committed(name.format(own)))["test"]["160"]["scaled"] for own in ("head_dim=16,", "")]
-    assert "{:.2f} at 160 tokens (heads of 64: {:.2f}), ".format(*at_160) + f"{narrow} at 256. " in text
-    assert f"every digit, it gets to {every}; with heads of 16 as well, to {both}. " in text
+    variants = ("", "head_dim=16,", "head_dim=16,weight_decay=0.1,")
+    tests = [json.loads(_committed(name.format(own)))["test"] for own in variants]
+    wide, small, both_open = ["{:.2f} and {:.2f}".format(*(t[n]["scaled"] for n in ("160", "256"))) for t in tests]
+    assert f"heads of 64 without decay {wide}; " in text and f"rates up to 0.0027, {small}; " in text
+    assert f"from 0.0014 to 0.01, {both_open}, by the largest alone" in text and small.endswith(f" {narrow}")
+    assert f"comes to {decayed} with heads of 16 and a decay of 0.1" in text
+    assert f"heads of 64 get to {every} at 256 and heads of 16 to {both}. " in text
     done = int(re.search(r"(\d+) cells, in", _committed("results/table_5b/report.md"))[1])
     beyond = sum("brackets, " in cells[1] for cells in report if len(cells) > 7)
     assert f"'s 30 cells {done - beyond} have been run to their end" in text
@@ -66,15 +70,21 @@ def test_what_is_said_of_retrieval_is_what_the_report_says():
     done, of = re.search(r"(\d+) of (\d+) cells are done", report).groups()
     assert f"{done} of {of} cells have been run" in text
     cells = {cells[0]: cells[1:] for cells in _tables(report) if cells[0].endswith("d=64")}
-    for model, name in (("mamba3", "Mamba-3"), ("mamba2", "Mamba-2"), ("attention", "attention")):
-        rate, _, steps, accuracy, *_ = cells[f"{model},mqar_4,d=64"]
-        assert f"{name} {accuracy}% after {steps} steps at {rate}" in text
+    rate, _, steps, accuracy, *_ = cells["attention,mqar_4,d=64"]
+    assert f"attention {accuracy}% after {steps} steps at {rate}" in text
     words = {(cells[0], cells[1]): cells[2:] for cells in _tables(report) if cells[1:2] in (["1"], ["layers"])}
     heads = words["model", "layers"]
     models = ("Gated DeltaNet", "Mamba-3", "Mamba-3, MIMO", "Mamba-2")
     s3 = [f"{words[name, '1'][heads.index('S3, 16')]}%" for name in models]
     assert "multiplies {} rightly, and Mamba-3 {}, MIMO {} and Mamba-2 {}".format(*s3) in text
     assert f"than {words['Mamba-3', '1'][heads.index('Z60, 16')]}% for Mamba-3" in text
+
+
+def test_what_a_sweep_gains_is_what_the_report_says():
+    gains = [f"{row['ratio']:.2f}" for row in json.loads(_committed("results/sweep_throughput/summary.json"))["rows"]]
+    text = " ".join(README.split())
+    assert "so take {} and {} times less than one after the other for parity".format(*gains) in text
+    assert "and {} and {} times less for mod 5".format(*gains[2:]) in text
 
 
 def test_discretization_is_the_committed_one():
@@ -171,7 +181,7 @@ def test_training_rates_are_the_committed_ones():
     committed = [c for c in _tables(_committed("results/training_throughput/report.md")) if len(c) == 13]
     found = [[c[0], c[1], c[8], c[10], c[11]] for c in committed if c[4] == "16 x 2048"]
     names = ("Mamba-3 SISO", "Mamba-3 MIMO, rank 4", "Mamba-2", "Transformer")
-    rows = [cells for cells in _tables(README) if len(cells) == 5 and cells[0] in names]
+    rows = [cells for cells in _tables(README) if len(cells) == 5 and cells[0] in names and cells[3].endswith("%")]
     assert rows == found and len(rows) == 4
 
 

@@ -73,8 +73,8 @@ forward 0.93, forward + backward 4.02). The kernels alone, without what api.py p
     the same steps on one H100: 14.6 (9.9) and 18.5 (10.6; in plain XLA 20.2), of one such run 3.1 (1.5); of 4 runs of 4
     heads of 64, n=64, 64 rows of 512 tokens, two layers 20.0 (9.8), MIMO r=4 62.7 (46.0). The outputs' gradients then
     issue 3500 instructions a warp in the time of 14,000, two programs to a multiprocessor: they wait for one another
-    not timed yet: programs of two warps, by the compiler without spills and with a fifth fewer instructions for as many
-    tokens, of 32 rows for heads of 16 and of 16 rows for heads of 64, whose states are written twice as often
+    the same by programs of two warps, half as many rows: 8 runs of 2 heads of 64, rows 16, 17.35 (9.2), with two heads'
+    loads under way 17.5 (9.3); 4 runs of 8 heads of 16, rows 32, 12.7 (7.8): kept, though states are written twice as often
     b=1 t=65536, 1 / 4 / 8 segments: forward 4.8 / 3.6 / 3.6, forward + backward 21.4 / 18.1 / 18.2
 
 Shared memory of the largest kernel in kB, by the compiler, for an H100 / RTX 4090: SISO bfloat16 n=128 p=64 108 / 92,
@@ -125,11 +125,12 @@ def default_block_sizes(r: int, p: int, n: int, dtype, compute_capability: str) 
     # Gradients of 64 turning channels of B and C spill; where no loads are fetched ahead that costs less than twice 32.
     serial_stages, stages, turning_slab = (3, 2, 32) if r == 1 else (1, 1, 64)
     # Four warps are one warp group, whose matrix product takes 64 rows; float32 tiles are twice as wide in registers.
-    rows = 64
+    rows, num_warps = 64, 4
     if jnp.dtype(dtype).itemsize == 4:
         rows = 16
         if r == 1 and n <= 64:
-            rows, stages = (64, stages) if p <= 16 else (32, 1)
+            num_warps = 2
+            rows, stages = (32, stages) if p <= 16 else (16, 1)
     # What is fetched ahead of larger states does not fit the shared memory: 99 kB of a consumer GPU, 163 of an A100.
     consumer = compute_capability in ("8.6", "8.9")
     if r == 1 and n * p > (128 * 64 if consumer else 256 * 64):
@@ -137,4 +138,4 @@ def default_block_sizes(r: int, p: int, n: int, dtype, compute_capability: str) 
     if float(compute_capability) >= 10:
         # Loads fetched ahead were silently wrong there in the official kernels; not tried on such a GPU by us.
         serial_stages = stages = 1
-    return BlockSizes(max(rows, r), 4, serial_stages, stages, 16, turning_slab, programs=256)
+    return BlockSizes(max(rows, r), num_warps, serial_stages, stages, 16, turning_slab, programs=256)
