@@ -142,8 +142,8 @@ IN_WORDS = (
     "MQAR (arXiv:2312.04927, figure 2, and its code): rows are drawn anew at every step instead of 64 passes over "
     "100,000 rows; the tokens that are neither pairs nor queries are random, which is that code's default, where the "
     "figure's configs have zeros; attention has RoPE and no dropout, where the source has learned positions and "
-    "dropout 0.1; matrix products are bfloat16, where that code has float32; the best rate, seed and step are selected by "
-    "validation rows that are not the test's.",
+    "dropout 0.1; matrix products are bfloat16, where that code has float32; the best rate, seed and step are selected "
+    "by validation rows that are not the test's.",
     "Selective copying and induction heads (arXiv:2312.00752, appendix E.1, whose code is unpublished): all models are "
     "as wide as Mamba-3 here; the markers that ask for the copies are those of state-spaces/s4.",
     "Needle in a haystack: tokens stand for the test's sentences, and rows of any length up to the longest are trained "

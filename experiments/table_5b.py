@@ -4,8 +4,8 @@
 
 Mamba-3, its rotation replaced or left out, Mamba-2 and Gated DeltaNet, on parity and on arithmetic modulo 5 without and
 with brackets. Each cell is a sweep over learning rates; of all widths and rates the best by validation is tested.
-Four more columns, which the paper has not, have brackets with heads of 16, without and with weight decay, and, asked for
-the running value at every digit, with heads of 64 and of 16.
+Four more columns, which the paper has not, have brackets with heads of 16, without and with weight decay, and, asked
+for the running value at every digit, with heads of 64 and of 16.
 """
 
 import matplotlib

@@ -74,7 +74,8 @@ forward 0.93, forward + backward 4.02). The kernels alone, without what api.py p
     heads of 64, n=64, 64 rows of 512 tokens, two layers 20.0 (9.8), MIMO r=4 62.7 (46.0). The outputs' gradients then
     issue 3500 instructions a warp in the time of 14,000, two programs to a multiprocessor: they wait for one another
     the same by programs of two warps, half as many rows: 8 runs of 2 heads of 64, rows 16, 17.35 (9.2), with two heads'
-    loads under way 17.5 (9.3); 4 runs of 8 heads of 16, rows 32, 12.7 (7.8): kept, though states are written twice as often
+    loads under way 17.5 (9.3); 4 runs of 8 heads of 16, rows 32, 12.7 (7.8): kept, though states are written twice as
+    often
     b=1 t=65536, 1 / 4 / 8 segments: forward 4.8 / 3.6 / 3.6, forward + backward 21.4 / 18.1 / 18.2
 
 Shared memory of the largest kernel in kB, by the compiler, for an H100 / RTX 4090: SISO bfloat16 n=128 p=64 108 / 92,
@@ -124,7 +125,8 @@ def default_block_sizes(r: int, p: int, n: int, dtype, compute_capability: str) 
     """For rank r, head dim p, state size n, the dtype of x and a GPU such as "9.0" (H100); see the table above."""
     # Gradients of 64 turning channels of B and C spill; where no loads are fetched ahead that costs less than twice 32.
     serial_stages, stages, turning_slab = (3, 2, 32) if r == 1 else (1, 1, 64)
-    # Four warps are one warp group, whose matrix product takes 64 rows; float32 tiles are twice as wide in registers.
+    # Four warps are one warp group, whose matrix product takes 64 rows; float32 tiles are twice as wide in registers,
+    # and programs of two warps wait less for one another.
     rows, num_warps = 64, 4
     if jnp.dtype(dtype).itemsize == 4:
         rows = 16
