@@ -126,7 +126,7 @@ def default_block_sizes(r: int, p: int, n: int, dtype, compute_capability: str) 
     # Gradients of 64 turning channels of B and C spill; where no loads are fetched ahead that costs less than twice 32.
     serial_stages, stages, turning_slab = (3, 2, 32) if r == 1 else (1, 1, 64)
     # Four warps are one warp group, whose matrix product takes 64 rows; float32 tiles are twice as wide in registers,
-    # and programs of two warps wait less for one another.
+    # and two warps of them were faster than four.
     rows, num_warps = 64, 4
     if jnp.dtype(dtype).itemsize == 4:
         rows = 16
