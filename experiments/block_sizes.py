@@ -34,7 +34,7 @@ from pallas.triton import block_sizes
 from pallas.triton import decode as steps
 
 SEQUENCES = dict(
-    rows=(16, 32, 64, 128), num_warps=(4, 8), serial_stages=(1, 2, 3, 4), stages=(1, 2, 3), heads=(4, 8, 16, 32),
+    rows=(16, 32, 64, 128), num_warps=(2, 4, 8), serial_stages=(1, 2, 3, 4), stages=(1, 2, 3), heads=(4, 8, 16, 32),
     turning_slab=(32, 64), programs=(128, 256, 512),
 )  # fmt: skip
 STEPS = dict(block_p=(8, 16, 32, 64), num_warps=(1, 2, 4, 8))

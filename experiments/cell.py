@@ -7,6 +7,7 @@ the best run's model, for `mamba3 generate` and its siblings.
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import shutil
@@ -19,7 +20,7 @@ from flax import nnx
 from jaxtyping import PRNGKeyArray
 
 from experiments import report
-from experiments.command import Command
+from experiments.command import Command, completed
 from experiments.models import ModelConfig
 from experiments.sweep import CurriculumConfig, Sweep, check_memory
 from experiments.training import Schedule, Training, evaluate, train
@@ -167,7 +168,7 @@ def execute(command: Command[Config], deviations: list[str] | None = None) -> in
             sweep = command.config.sweep()
             with one_line_errors(command):
                 check_memory(sweep, command.config.interval)
-                directory = RunDirectory(command.results_dir, command.text)
+                directory = RunDirectory(command.results_dir, command.text, fixed=functools.partial(completed, Config))
             with contextlib.closing(directory):
                 training = Training.fresh(sweep, command.config.schedule)
                 with one_line_errors(command):

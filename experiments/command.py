@@ -90,6 +90,22 @@ def from_dict[Config](config_class: type[Config], values: dict, what: str) -> tu
     return config, _text(config)
 
 
+def completed(config_class: type, text: str) -> str:
+    """The text of an older configuration, with the options that it lacks at their defaults."""
+    return yaml.safe_dump(_completed(config_class, yaml.safe_load(text)), sort_keys=False)
+
+
+def _completed(config_class: type, values: dict) -> dict:
+    done = {}
+    for field in dataclasses.fields(config_class):
+        if field.name in values:
+            nested = dataclasses.is_dataclass(field.type) and isinstance(values[field.name], dict)
+            done[field.name] = _completed(field.type, values[field.name]) if nested else values[field.name]
+        elif field.default is not dataclasses.MISSING:
+            done |= to_dict({field.name: field.default})
+    return done | {name: value for name, value in values.items() if name not in done}
+
+
 def _text(config) -> str:
     return yaml.safe_dump(to_dict(config), sort_keys=False)
 

@@ -9,6 +9,7 @@ from mamba3_jax.models import LMConfig
 from mamba3_jax.ops import Rotation
 
 Mixer = Literal["mamba3", "mamba2", "gated_deltanet", "attention"]
+Dtype = Literal["float32", "bfloat16"]
 MIXERS: dict[str, type] = {
     "mamba3": Mamba3Config,
     "mamba2": Mamba2Config,
@@ -36,10 +37,11 @@ class ModelConfig(Mamba3Config):
     n_layers: int = 1
     mlp_width: int = 0
     n_heads: int = 1
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Dtype = "float32"
 
     def __post_init__(self):
         check_choice("mixer", self.mixer, get_args(Mixer))
+        check_choice("dtype", self.dtype, get_args(Dtype))
         own = {field.name: field.default for field in dataclasses.fields(MIXERS[self.mixer])}
         for name in ("rotation", "conv_width"):
             if getattr(self, name) is None and name in own:

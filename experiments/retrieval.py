@@ -107,6 +107,7 @@ MQAR_SOURCE = {
     "model.n_layers": 2,
     "model.mlp_width": 0,
     "model.n_heads": 1,
+    "model.dtype": "float32",
     "supervision": "final",
     "curriculum.exact": True,
     "learning_rates": [1e-4, 4.6e-4, 2.2e-3, 1e-2],
@@ -142,8 +143,7 @@ IN_WORDS = (
     "MQAR (arXiv:2312.04927, figure 2, and its code): rows are drawn anew at every step instead of 64 passes over "
     "100,000 rows; the tokens that are neither pairs nor queries are random, which is that code's default, where the "
     "figure's configs have zeros; attention has RoPE and no dropout, where the source has learned positions and "
-    "dropout 0.1; matrix products are bfloat16, where that code has float32; the best rate, seed and step are selected "
-    "by validation rows that are not the test's.",
+    "dropout 0.1; the best rate, seed and step are selected by validation rows that are not the test's.",
     "Selective copying and induction heads (arXiv:2312.00752, appendix E.1, whose code is unpublished): all models are "
     "as wide as Mamba-3 here; the markers that ask for the copies are those of state-spaces/s4.",
     "Needle in a haystack: tokens stand for the test's sentences, and rows of any length up to the longest are trained "
@@ -203,18 +203,19 @@ def render(command: Command[RetrievalConfig], results: Results) -> str:
         *_section("The cells", "What validation selected, and its test.", None, _cells_table(results)),
         *_section("Deviations from the sources", "", None, [f"- {x}" for x in (*deviations(results), *IN_WORDS)]),
         "",
-        f"{len(done)} of {len(results.cells)} cells are done, in {grid.training_time(done)}. {_precisions(results)}.",
+        f"{len(done)} of {len(results.cells)} cells are done, in {grid.training_time(done)}; {_precisions(results)}.",
         "",
     ]
     return "\n".join(lines)
 
 
 def _precisions(results: Results) -> str:
-    """In what every task is computed."""
+    """In what the tasks that are done computed."""
     tasks: dict[str, list[str]] = {}
-    for place in results.cells.values():
-        tasks.setdefault(precision(place.config.model.dtype), []).append(place.config.task)
-    return "; ".join(f"{', '.join(_unique(names))}: {text}" for text, names in tasks.items())
+    for key in results.summaries:
+        config = results.cells[key].config
+        tasks.setdefault(precision(config.model.dtype), []).append(config.task)
+    return "; ".join(f"{text}: {', '.join(_unique(names))}" for text, names in tasks.items())
 
 
 def _chance(*tasks: str) -> str:

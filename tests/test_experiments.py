@@ -390,6 +390,21 @@ def test_only_that_matches_nothing_is_refused(tiny_grid, capsys):
     assert message.count("\n") == 1 and message.startswith("only: got 'nope'") and "mamba3,parity,d=8" in message
 
 
+def test_a_cell_from_before_an_option_was_added_is_of_the_same_config(tiny_grid):
+    """Its config.yaml lacks the option, which then had what is now its default; another value is another config."""
+    command = tiny_grid("--smoke")
+    place = next(grid.cells(command.config, smoke=True))
+    folder = command.results_dir / place.name
+    folder.mkdir(parents=True)
+    (folder / "summary.json").write_text("{}")
+    assert "  dtype: float32\n" in place.text
+    (folder / "config.yaml").write_text(place.text.replace("  dtype: float32\n", ""))
+    assert place[:3] in grid.summaries(command)
+    (folder / "config.yaml").write_text(place.text.replace("dtype: float32", "dtype: bfloat16"))
+    with pytest.raises(SystemExit):
+        grid.summaries(command)
+
+
 def test_a_finished_cell_of_another_config_is_refused(tiny_grid, capsys):
     """Not shown in a table beside cells of this one, and not skipped as done."""
     command = tiny_grid("--smoke")

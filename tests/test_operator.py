@@ -185,6 +185,27 @@ def test_low_precision_stays_near_float64(variant, implementation, dtype):
     assert distance(y, expected) <= TOLERANCE[dtype]
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_gradients_of_low_precision_B_and_C_that_heads_share_stay_near_float64(implementation):
+    """In one chunk of a new row, without a rotation: compiled, CPUs of jaxlib 0.12.0 got these wrong by any amount."""
+    args = make(24, h=8, b=4, bare=True, gate=False, lam=EULER, rotation="none", dtype=jnp.bfloat16)
+
+    def gradients(args):
+        arrays, static = split_static(args)
+
+        def loss(B, C):
+            y, _ = ssm(**arrays | dict(B=B, C=C), **static, implementation=implementation)
+            return jnp.sum(y.astype(jnp.promote_types(y.dtype, jnp.float32)) ** 2)
+
+        return jax.jit(jax.grad(loss, (0, 1)))(args["B"], args["C"])
+
+    got = gradients(args)
+    with jax.enable_x64(True):
+        expected = gradients(cast(args, jnp.float64))
+    for mine, true in zip(got, expected):
+        assert distance(mine, true) <= TOLERANCE[jnp.bfloat16]
+
+
 @pytest.mark.parametrize("variant, cuts", [("siso", 1), ("mimo", 17), ("standard rope", 17)])
 def test_one_call_equals_two_wherever_it_is_cut(variant, cuts):
     """Outputs and all four states, cut at every position of 70 tokens; every 17th for what shares the same code."""

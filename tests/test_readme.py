@@ -54,15 +54,29 @@ def test_table_5b_is_the_committed_one():
     narrow, decayed, every, both = committed["Mamba-3"][3:]
     name = "results/table_5b/mamba3,modular_arithmetic_brackets,{}d=64/summary.json"
     variants = ("", "head_dim=16,", "head_dim=16,weight_decay=0.1,")
-    tests = [json.loads(_committed(name.format(own)))["test"] for own in variants]
-    wide, small, both_open = ["{:.2f} and {:.2f}".format(*(t[n]["scaled"] for n in ("160", "256"))) for t in tests]
-    assert f"heads of 64 without decay {wide}; " in text and f"rates up to 0.0027, {small}; " in text
-    assert f"from 0.0014 to 0.01, {both_open}, by the largest alone" in text and small.endswith(f" {narrow}")
+    cells = [json.loads(_committed(name.format(own))) for own in variants]
+    pair = "{:.2f} and {:.2f}"
+    wide, small, decaying = [pair.format(*(cell["test"][n]["scaled"] for n in ("160", "256"))) for cell in cells]
+    assert f"eight rates up to 0.01, {wide}; " in text and small.endswith(f" {narrow}")
+    assert f"rates up to 0.0027, {small}; " in text and f"from 0.0014 to 0.01, {decaying}, by the largest alone" in text
+    at_256 = {run["learning_rate"]: run["validation"]["256"]["accuracy"] for run in cells[2]["runs"]}
+    assert max(at_256, key=at_256.get) == max(at_256) == 0.01 and sorted(at_256.values())[-2] < 0.2 + 0.02 * 0.8
+    last = [_at_the_end(name.format(own), "160") for own in variants[1:]]
+    assert "0.0014 has {:.1f} without decay and {:.1f} with".format(*(one[0.0014] for one in last)) in text
+    assert "0.0027 has {:.1f} and {:.1f}.".format(*(one[0.0027] for one in last)) in text
     assert f"comes to {decayed} with heads of 16 and a decay of 0.1" in text
     assert f"heads of 64 get to {every} at 256 and heads of 16 to {both}. " in text
     done = int(re.search(r"(\d+) cells, in", _committed("results/table_5b/report.md"))[1])
     beyond = sum("brackets, " in cells[1] for cells in report if len(cells) > 7)
     assert f"'s 30 cells {done - beyond} have been run to their end" in text
+
+
+def _at_the_end(name: str, length: str) -> dict[float, float]:
+    """Scaled validation accuracy of mod 5 after all steps, in percent, by learning rate; `name` is of a summary."""
+    lines = _committed(name.replace("summary.json", "metrics.jsonl")).splitlines()
+    *_, last = [line for line in map(json.loads, lines) if "validation" in line]
+    rates = [run["learning_rate"] for run in json.loads(_committed(name))["runs"]]
+    return {rate: 125 * (accuracy - 0.2) for rate, accuracy in zip(rates, last["validation"][length]["accuracy"])}
 
 
 def test_what_is_said_of_retrieval_is_what_the_report_says():
@@ -82,10 +96,12 @@ def test_what_is_said_of_retrieval_is_what_the_report_says():
 
 
 def test_what_a_sweep_gains_is_what_the_report_says():
-    gains = [f"{row['ratio']:.2f}" for row in json.loads(_committed("results/sweep_throughput/summary.json"))["rows"]]
-    text = " ".join(README.split())
-    assert "so take {} and {} times less than one after the other for parity".format(*gains) in text
-    assert "and {} and {} times less for mod 5".format(*gains[2:]) in text
+    rows = json.loads(_committed("results/sweep_throughput/summary.json"))["rows"]
+    found = {(row["task"], row["length"]): row["ratio"] for row in rows if (row["d_model"], row["runs"]) == (64, 8)}
+    text, gain = " ".join(README.split()), {key: f"{ratio:.2f}" for key, ratio in found.items()}
+    assert f"so go {gain['parity', 40]} and {gain['parity', 160]} times as fast as 8 times one run" in text
+    assert f"and {gain['modular_arithmetic', 40]} and {gain['modular_arithmetic', 160]} times as fast for mod 5" in text
+    assert f"a single run gets {100 / max(found.values()):.0f} to {100 / min(found.values()):.0f}%." in text
 
 
 def test_discretization_is_the_committed_one():

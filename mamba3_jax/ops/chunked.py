@@ -65,9 +65,10 @@ def chunked(inputs: Inputs, state: SSMState, chunk_size: int) -> tuple[Float[Arr
 
     carry = _enter(inputs, state)
     if chunks == 1:
-        # A scan's state is an array. A new row's is a broadcast here, and jaxlib 0.12.0 on CPUs then adds up what the
-        # heads of a group give to bfloat16 B and C wrongly, by any amount.
-        carry = carry._replace(ssm=lax.optimization_barrier(carry.ssm))
+        if inputs.x.dtype == jnp.bfloat16:
+            # A new row's state is a broadcast of zeros. Fused with it, jaxlib 0.12.0 on CPUs sums the gradients of
+            # bfloat16 B and C over the heads of a group wrongly, by any amount. Inside a scan it is an array anyway.
+            carry = carry._replace(ssm=lax.optimization_barrier(carry.ssm))
         carry, o = body(carry, _whole_row(inputs))
         return o, leave(inputs, carry.angle, carry.ssm, carry.angle_at_start)
     xs = jax.tree.map(lambda u: split_time(u, chunks, c), _whole_row(inputs))

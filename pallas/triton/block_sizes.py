@@ -74,12 +74,12 @@ forward 0.93, forward + backward 4.02). The kernels alone, without what api.py p
     heads of 64, n=64, 64 rows of 512 tokens, two layers 20.0 (9.8), MIMO r=4 62.7 (46.0). The outputs' gradients then
     issue 3500 instructions a warp in the time of 14,000, two programs to a multiprocessor: they wait for one another
     the same by programs of two warps, half as many rows: 8 runs of 2 heads of 64, rows 16, 17.35 (9.2), with two heads'
-    loads under way 17.5 (9.3); 4 runs of 8 heads of 16, rows 32, 12.7 (7.8): kept, though states are written twice as
-    often
+    loads under way 17.5 (9.3); 4 runs of 8 heads of 16, rows 32, 12.7 (7.8); both kept, though states are written
+    twice as often
     b=1 t=65536, 1 / 4 / 8 segments: forward 4.8 / 3.6 / 3.6, forward + backward 21.4 / 18.1 / 18.2
 
 Shared memory of the largest kernel in kB, by the compiler, for an H100 / RTX 4090: SISO bfloat16 n=128 p=64 108 / 92,
-float32 n=64 63 / 63, n=128 - / 57; MIMO r=4 - / 41, n=256 - / 66. With loads fetched ahead as at n=128 p=64 a RTX 4090
+float32 n=64 63 / 63 (by four warps, rows of 32), n=128 - / 57; MIMO r=4 - / 41, n=256 - / 66. With loads fetched ahead as at n=128 p=64 a RTX 4090
 would need 135 at n=256, 125 at p=128 and has 101; an A100 would need 184 at n=256 p=128 and has 167; with 2 stages of
 serial loads and no others n=256 p=128 takes 100. MIMO r=4, forward and forward + backward with what XLA adds: 3.1 and
 18.3 (before P and M 3.2 and 21.4; with loads fetched ahead 3.8, 32.4).
@@ -125,8 +125,8 @@ def default_block_sizes(r: int, p: int, n: int, dtype, compute_capability: str) 
     """For rank r, head dim p, state size n, the dtype of x and a GPU such as "9.0" (H100); see the table above."""
     # Gradients of 64 turning channels of B and C spill; where no loads are fetched ahead that costs less than twice 32.
     serial_stages, stages, turning_slab = (3, 2, 32) if r == 1 else (1, 1, 64)
-    # Four warps are one warp group, whose matrix product takes 64 rows; float32 tiles are twice as wide in registers,
-    # and two warps of them were faster than four.
+    # Four warps are one warp group, whose matrix product takes 64 rows; float32 tiles are twice as wide in registers.
+    # Two warps are faster for states of 64 with heads of 16 and of 64, and taken for the sizes near them.
     rows, num_warps = 64, 4
     if jnp.dtype(dtype).itemsize == 4:
         rows = 16

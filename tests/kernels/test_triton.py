@@ -177,12 +177,13 @@ def test_block_sizes_fit_the_gpu():
     """Tiles of float32 by the width of a head; less is fetched ahead where larger states would not fit."""
     tiles = {(p, n): default_block_sizes(1, p, n, jnp.float32, "9.0") for p in (16, 64) for n in (64, 128)}
     assert {size: blocks.rows for size, blocks in tiles.items()} == {
-        (16, 64): 64,
-        (64, 64): 32,
+        (16, 64): 32,
+        (64, 64): 16,
         (16, 128): 16,
         (64, 128): 16,
     }
     assert [blocks.stages for blocks in tiles.values()] == [2, 2, 1, 2]
+    assert [blocks.num_warps for blocks in tiles.values()] == [2, 4, 2, 4]
 
     def ahead(capability, p, n, r=1):
         blocks = default_block_sizes(r, p, n, jnp.bfloat16, capability)
