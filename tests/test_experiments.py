@@ -471,6 +471,16 @@ def test_the_table_has_the_best_width_beside_the_papers_number_and_says_what_was
     assert "| Mamba-3 | 2 of 6 | 1.2 | x |" in text and "| Mamba-2 | 0 of 6 | 0.0 | - |" in text
 
 
+def test_a_deviation_names_its_cells_or_those_that_it_spares_whichever_are_fewer():
+    done = {("mamba3", "parity", d): dict(deviations=["a", "b", "c"][: 3 if d == 8 else 2 if d == 16 else 1])
+            for d in (8, 16, 32)}  # fmt: skip
+    assert table_5b._deviations(done) == [
+        "- a (all cells)",
+        "- b (all cells but mamba3,parity,d=32)",
+        "- c (mamba3,parity,d=8)",
+    ]
+
+
 def test_reproduce_lists_every_result_with_its_cost(capsys):
     assert cli.main(["reproduce", "--list"]) == 0
     text = capsys.readouterr().out

@@ -87,6 +87,8 @@ def test_what_is_said_of_retrieval_is_what_the_report_says():
     for model, name in (("mamba2", "Mamba-2"), ("attention", "attention")):
         rate, _, steps, accuracy, *_ = cells[f"{model},mqar_4,d=64"]
         assert f"{name} {accuracy}% after {steps} steps at {rate}" in text
+    mqar = [score for cells in _tables(report) if len(cells) == 6 and cells[1].isdigit() for score in cells[2:]]
+    assert f"{mqar.count('not run')} of {len(mqar)} cells, all of Mamba-3 among them" in text
     words = {(cells[0], cells[1]): cells[2:] for cells in _tables(report) if cells[1:2] in (["1"], ["layers"])}
     heads = words["model", "layers"]
     models = ("Gated DeltaNet", "Mamba-3", "Mamba-3, MIMO", "Mamba-2")

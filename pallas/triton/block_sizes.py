@@ -79,10 +79,10 @@ forward 0.93, forward + backward 4.02). The kernels alone, without what api.py p
     b=1 t=65536, 1 / 4 / 8 segments: forward 4.8 / 3.6 / 3.6, forward + backward 21.4 / 18.1 / 18.2
 
 Shared memory of the largest kernel in kB, by the compiler, for an H100 / RTX 4090: SISO bfloat16 n=128 p=64 108 / 92,
-float32 n=64 63 / 63 (by four warps, rows of 32), n=128 - / 57; MIMO r=4 - / 41, n=256 - / 66. With loads fetched ahead as at n=128 p=64 a RTX 4090
-would need 135 at n=256, 125 at p=128 and has 101; an A100 would need 184 at n=256 p=128 and has 167; with 2 stages of
-serial loads and no others n=256 p=128 takes 100. MIMO r=4, forward and forward + backward with what XLA adds: 3.1 and
-18.3 (before P and M 3.2 and 21.4; with loads fetched ahead 3.8, 32.4).
+float32 n=64 63 / 63 (by four warps, rows of 32), n=128 - / 57; MIMO r=4 - / 41, n=256 - / 66. With loads fetched ahead
+as at n=128 p=64 a RTX 4090 would need 135 at n=256, 125 at p=128 and has 101; an A100 would need 184 at n=256 p=128 and
+has 167; with 2 stages of serial loads and no others n=256 p=128 takes 100. MIMO r=4, forward and forward + backward
+with what XLA adds: 3.1 and 18.3 (before P and M 3.2 and 21.4; with loads fetched ahead 3.8, 32.4).
 
 Next: of 3.8 ms forward + backward the kernels take 3.2 and what XLA adds 0.36, a quarter of it to read the states for
 what turns receive from later chunks; gaps between 41 launches are the rest. The gradients move 0.27 MB a tile of 64
