@@ -343,8 +343,10 @@ def test_committed_results_are_of_the_committed_configs(tmp_path):
         # Of the other tasks no paper has a protocol; what retrieval deviates from is in its own report.
         follows = parsed.config.task in TASKS and not name.startswith("results/retrieval/")
         deviations = state_tracking.deviations(parsed.config) if follows else None
-        assert parsed.text == text and summary["deviations"] == deviations, name
-        seen.add(text)
+        # An older one lacks the options that came after it.
+        assert parsed.text == command.completed(state_tracking.Config, text), name
+        assert summary["deviations"] == deviations, name
+        seen.add(parsed.text)
     path = ROOT / "configs" / "state_tracking" / "parity_cpu.yaml"
     assert command.parse("state_tracking", state_tracking.Config, ["--config", str(path)]).text in seen
 
