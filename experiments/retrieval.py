@@ -30,6 +30,7 @@ Key = tuple[str, str, int]  # model, task of the grid, width
 NAMES = {
     "mamba3": "Mamba-3",
     "mamba3-mimo": "Mamba-3, MIMO",
+    "mamba3-conv": "Mamba-3, convolution",
     "mamba2": "Mamba-2",
     "gated_deltanet": "Gated DeltaNet",
     "attention": "attention, RoPE",
@@ -38,13 +39,16 @@ NAMES = {
 STYLES = {
     "mamba3": dict(color="black", linestyle="-", marker="o"),
     "mamba3-mimo": dict(color="black", linestyle="--", marker="s"),
+    "mamba3-conv": dict(color="black", linestyle=":", marker="P"),
     "mamba2": dict(color="0.6", linestyle="-.", marker="^"),
     "gated_deltanet": dict(color="0.6", linestyle="-", marker="v"),
     "attention": dict(color="0.35", linestyle=":", marker="D"),
     "attention-nope": dict(color="0.35", linestyle=":", marker="x"),
 }
 NOT_RUN, NOT_EVALUATED = "not run", "not evaluated"
-MQAR = {f"mqar_{pairs}": length for length, pairs in MQAR_SETTINGS}
+# Names of tasks, and their length and pairs.
+MQAR = {f"mqar_{pairs}_zeros": (length, pairs) for length, pairs in MQAR_SETTINGS}
+MQAR_NOISE = {f"mqar_{pairs}": (length, pairs) for length, pairs in MQAR_SETTINGS}
 
 
 def main(argv: list[str]) -> int:
@@ -115,11 +119,12 @@ MQAR_SOURCE = {
     "test_rows": 3000,
     "stop_accuracy": 0.99,
 }
+_MQAR_BATCHES = {64: (512, 12_500), 128: (512, 12_500), 256: (256, 25_000), 512: (128, 50_000)}
 SOURCES: dict[str, dict] = {
-    "mqar_4": MQAR_SOURCE | {"curriculum.lengths": [64], "batch_size": 512, "max_steps": 12_500},
-    "mqar_8": MQAR_SOURCE | {"curriculum.lengths": [128], "batch_size": 512, "max_steps": 12_500},
-    "mqar_16": MQAR_SOURCE | {"curriculum.lengths": [256], "batch_size": 256, "max_steps": 25_000},
-    "mqar_64": MQAR_SOURCE | {"curriculum.lengths": [512], "batch_size": 128, "max_steps": 50_000},
+    **{
+        task: MQAR_SOURCE | dict(zip(("curriculum.lengths", "batch_size", "max_steps"), ([n], *_MQAR_BATCHES[n])))
+        for task, (n, _) in (MQAR | MQAR_NOISE).items()
+    },
     "selective_copying": {
         "model.n_layers": 2,
         "model.d_model": 64,
@@ -141,9 +146,9 @@ SOURCES: dict[str, dict] = {
 }
 IN_WORDS = (
     "MQAR (arXiv:2312.04927, figure 2, and its code): rows are drawn anew at every step instead of 64 passes over "
-    "100,000 rows; the tokens that are neither pairs nor queries are random, which is that code's default, where the "
-    "figure's configs have zeros; attention has RoPE and no dropout, where the source has learned positions and "
-    "dropout 0.1; the best rate, seed and step are selected by validation rows that are not the test's.",
+    "100,000 rows; attention has RoPE and no dropout, where the source has learned positions and dropout 0.1; the best "
+    "rate, seed and step are selected by validation rows that are not the test's. Noise is that code's default, and "
+    "zeros are what the figure's configs have.",
     "Selective copying and induction heads (arXiv:2312.00752, appendix E.1, whose code is unpublished): all models are "
     "as wide as Mamba-3 here; the markers that ask for the copies are those of state-spaces/s4.",
     "Needle in a haystack: tokens stand for the test's sentences, and rows of any length up to the longest are trained "
@@ -153,7 +158,8 @@ IN_WORDS = (
     "setting of these models to match.",
     "Mamba-3 starts with step sizes up to 1 on word problems (`model.dt_max`), where the others keep their own start.",
     "States: every layer of Mamba-3, Mamba-2 and Gated DeltaNet holds expand * d_model * d_state numbers; MIMO has the "
-    "same state and more parameters. Mamba-2 and Gated DeltaNet have their short convolution, Mamba-3 none.",
+    "same state and more parameters. Mamba-2 and Gated DeltaNet have their short convolution, Mamba-3 none but where "
+    "its name says so.",
 )
 
 
@@ -194,6 +200,7 @@ def render(command: Command[RetrievalConfig], results: Results) -> str:
         "Accuracy in percent on unseen rows, over the whole vocabulary. In every cell the learning rate and the step",
         "that are best by validation are tested, once.",
         *_tasks_section(results, "MQAR", MQAR_TEXT, "mqar.png", _mqar_table, *MQAR),
+        *_tasks_section(results, "MQAR with noise", NOISE_TEXT, None, _mqar_table, *MQAR_NOISE),
         *_tasks_section(results, "Selective copying", COPYING_TEXT, None, _length_table, "selective_copying"),
         *_tasks_section(
             results, "Induction heads", INDUCTION_TEXT, "induction_heads.png", _length_table, "induction_heads"
@@ -226,6 +233,7 @@ MQAR_TEXT = (
     "Multi-query associative recall against the width of the model, in rows of so many tokens and pairs; a guess among "
     f"all values scores {_chance('mqar_4')}, and one among the row's own 100% / pairs."
 )
+NOISE_TEXT = "The same with random tokens where the rows above have zeros, in smaller batches."
 COPYING_TEXT = (
     "Sixteen data tokens scattered in noise, asked for in order at the end, by the length of the row; a guess scores "
     f"{_chance('selective_copying')}."
@@ -271,14 +279,14 @@ def _unique(values: Iterable) -> list:
 
 
 def _setting(task: str) -> str:
-    return f"{MQAR[task]} tokens, {task.removeprefix('mqar_')} pairs"
+    return "{} tokens, {} pairs".format(*(MQAR | MQAR_NOISE)[task])
 
 
 def _mqar_table(results: Results, *settings: str) -> list[str]:
     models = _unique((model, d) for model, _, d in results.of(*settings))
-    tests = {task: Probe(get_task(task), length) for task, length in MQAR.items()}
+    tests = {task: Probe(get_task(task), (MQAR | MQAR_NOISE)[task][0]) for task in settings}
     rows = [[_name(m), d, *(results.shown((m, task, d), test) for task, test in tests.items())] for m, d in models]
-    return _table(["model", "d_model", *map(_setting, MQAR)], rows)
+    return _table(["model", "d_model", *map(_setting, settings)], rows)
 
 
 def _tests(results: Results, task: str) -> dict[int, list[Probe]]:
@@ -339,7 +347,7 @@ def plot_mqar(results: Results) -> plt.Figure:
     """Accuracy against width, a panel per setting and a line per model, as in figure 2 of arXiv:2312.04927."""
     figure, axes = plt.subplots(1, len(MQAR), figsize=(12, 3.2), layout="constrained", sharey=True)
     for axis, task in zip(axes, MQAR):
-        keys, test = results.of(task), Probe(get_task(task), MQAR[task])
+        keys, test = results.of(task), Probe(get_task(task), MQAR[task][0])
         for model in _unique(key[0] for key in keys):
             points = {d: score for m, _, d in keys if m == model and (score := results.score((m, task, d), test))}
             _line(axis, model, points)
@@ -411,6 +419,8 @@ FIGURES = {
 
 
 def _line(axis: plt.Axes, model: str, scores: dict[int, dict]) -> None:
+    if not scores:
+        return  # nor a line in the legend
     style = STYLES[model] if model in STYLES else {}
     values = [100 * scores[x]["accuracy"] for x in sorted(scores)]
     axis.plot(sorted(scores), values, label=_name(model), markersize=5, markerfacecolor="none", **style)

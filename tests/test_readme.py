@@ -83,12 +83,22 @@ def test_what_is_said_of_retrieval_is_what_the_report_says():
     report, text = _committed("results/retrieval/report.md"), " ".join(README.split())
     done, of = re.search(r"(\d+) of (\d+) cells are done", report).groups()
     assert f"{done} of {of} cells have been run" in text
-    cells = {cells[0]: cells[1:] for cells in _tables(report) if cells[0].endswith("d=64")}
-    for model, name in (("mamba2", "Mamba-2"), ("attention", "attention")):
-        rate, _, steps, accuracy, *_ = cells[f"{model},mqar_4,d=64"]
-        assert f"{name} {accuracy}% after {steps} steps at {rate}" in text
-    mqar = [score for cells in _tables(report) if len(cells) == 6 and cells[1].isdigit() for score in cells[2:]]
-    assert f"{mqar.count('not run')} of {len(mqar)} cells, all of Mamba-3 among them" in text
+    steps = {cells[0]: cells[3] for cells in _tables(report) if cells[0].endswith("d=64")}
+    with_and_without = steps["mamba3-conv,mqar_4_zeros,d=64"], steps["mamba3,mqar_4_zeros,d=64"]
+    assert "4 pairs after {} steps with the convolution and after {} without".format(*with_and_without) in text
+    zeros, noise = (section.split("\n## ")[0] for section in re.split(r"## MQAR.*\n", report)[1:])
+    widths: dict[str, list[list[str]]] = {}
+    for name, width, *scores in _tables(zeros):
+        if width.isdigit():
+            widths.setdefault(name, []).append(["-" if score == "not run" else score for score in scores])
+    shown = {name: [" / ".join(column) for column in zip(*rows)] for name, rows in widths.items()}
+    shown = {name: columns for name, columns in shown.items() if re.search(r"\d", "".join(columns))}
+    assert {cells[0]: cells[1:] for cells in _tables(README) if cells[0] in shown and "/" in cells[1]} == shown
+    missing = sum(row.count("-") for rows in widths.values() for row in rows)
+    assert f"{missing} of the {sum(len(row) for rows in widths.values() for row in rows)} cells of MQAR" in text
+    noisy = {name: scores for name, _, *scores in _tables(noise)}
+    said = [", ".join(noisy[name]) for name in ("Mamba-3", "Mamba-2", "attention, RoPE")]
+    assert "Mamba-3 then has {}%, Mamba-2 {} and attention {}".format(*said) in text
     words = {(cells[0], cells[1]): cells[2:] for cells in _tables(report) if cells[1:2] in (["1"], ["layers"])}
     heads = words["model", "layers"]
     models = ("Gated DeltaNet", "Mamba-3", "Mamba-3, MIMO", "Mamba-2")

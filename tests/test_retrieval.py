@@ -10,7 +10,7 @@ import pytest
 from experiments import further_tests, grid, retrieval
 from experiments.command import parse
 from experiments.grid import GridConfig
-from experiments.retrieval import MQAR, Probe, Results, RetrievalConfig
+from experiments.retrieval import MQAR, MQAR_NOISE, Probe, Results, RetrievalConfig
 from mamba3_jax import cli
 from mamba3_jax.tasks import get_task, induction_heads, needle
 from mamba3_jax.tasks.needle import NEEDLE
@@ -43,12 +43,16 @@ def test_a_place_in_the_grid_is_what_its_cell_trains(places):
         assert config.model.d_model == d
         assert config.model.mixer == model.split("-")[0]
         assert config.model.mimo_rank == (4 if model == "mamba3-mimo" else None)
+        convolves = model in ("mamba3-conv", "mamba2", "gated_deltanet")
+        assert config.model.conv_width == (4 if convolves else 0)
         assert config.task == task.split(",")[0]
         if ",layers=" in task:
             assert config.model.n_layers == int(task[-1]) and config.supervision == "every"
             assert config.model.dt_max == (1.0 if model.startswith("mamba3") else 0.1)
-        if task in MQAR:
-            assert config.curriculum.exact and config.curriculum.lengths == config.exact_lengths == (MQAR[task],)
+        if task in MQAR | MQAR_NOISE:
+            length, pairs = (MQAR | MQAR_NOISE)[task]
+            assert config.curriculum.exact and config.curriculum.lengths == config.exact_lengths == (length,)
+            assert get_task(task).answers == pairs and task.endswith("_zeros") == (task in MQAR)
 
 
 def test_a_smoke_run_has_every_task_and_every_model(places):
@@ -105,7 +109,8 @@ def test_numbers_land_in_their_cells_and_the_others_say_not_run(places):
     results = synthetic(
         places,
         {
-            (("mamba2", "mqar_16", 128), Probe(get_task("mqar_16"), 256)): 0.111,
+            (("mamba2", "mqar_16_zeros", 128), Probe(get_task("mqar_16_zeros"), 256)): 0.111,
+            (("mamba2", "mqar_16", 64), Probe(get_task("mqar_16"), 256)): 0.444,
             (("attention", "selective_copying", 64), Probe(get_task("selective_copying"), 512)): 0.222,
             (("attention", "induction_heads", 64), Probe(induction_heads(), 64)): 0.333,
             (("mamba3", "needle", 64), Probe(needle(0.0), 128)): 0.5,
@@ -116,6 +121,7 @@ def test_numbers_land_in_their_cells_and_the_others_say_not_run(places):
     text = retrieval.render(command(), results)
     expected = {
         "MQAR": {("Mamba-2 128", "256 tokens, 16 pairs"): "11.1"},
+        "MQAR with noise": {("Mamba-2 64", "256 tokens, 16 pairs"): "44.4"},
         "Selective copying": {("attention, RoPE", "512"): "22.2", ("test rows", "512"): "16"},
         "Induction heads": {("attention, RoPE", "64"): "33.3", ("test rows", "64"): "16"},
         # A mean over some of the depths is no mean.
@@ -134,7 +140,14 @@ def test_numbers_land_in_their_cells_and_the_others_say_not_run(places):
 
 def test_a_report_shows_no_table_or_figure_of_what_was_not_run(places):
     text = retrieval.render(command(), synthetic(places, {}))
-    for title in ("MQAR", "Selective copying", "Induction heads", "Needle in a haystack", "Word problems"):
+    for title in (
+        "MQAR",
+        "MQAR with noise",
+        "Selective copying",
+        "Induction heads",
+        "Needle in a haystack",
+        "Word problems",
+    ):
         section = text.split(f"## {title}\n")[1].split("\n## ")[0]
         assert section.endswith("\n\nNot run.\n") and "|" not in section and "png" not in section
 
@@ -142,6 +155,7 @@ def test_a_report_shows_no_table_or_figure_of_what_was_not_run(places):
 def test_the_report_lists_what_deviates_from_the_sources(places):
     text = retrieval.render(command(), synthetic(places, {}))
     assert "- `batch_size` is 128; the source has 512 (mqar_4, mqar_8)" in text
+    assert "- `batch_size` is 128; the source has 256 (mqar_16_zeros)" in text
     assert "- `curriculum.lengths` is [256]; the source has [4112] (selective_copying)" in text
 
 
@@ -186,14 +200,14 @@ def test_a_smoke_run_leaves_its_files_and_each_score_under_its_depth(tmp_path, m
     argv = ["experiment", "retrieval", "--config", str(CONFIG), "--smoke", "--only", "*,needle,*", "--rows", "4"]
     argv += ["--results_dir", str(tmp_path), "--needle_lengths", "[64]"]
     assert cli.main(argv) == 0
-    assert {path.name for path in tmp_path.iterdir()} == {"gated_deltanet,needle,d=64", "report.md", "needle.png"}
-    file = tmp_path / "gated_deltanet,needle,d=64" / further_tests.FURTHER
+    assert {path.name for path in tmp_path.iterdir()} == {"mamba2,needle,d=64", "report.md", "needle.png"}
+    file = tmp_path / "mamba2,needle,d=64" / further_tests.FURTHER
     scores = json.loads(file.read_text())
     assert set(scores) == {Probe(needle(depth), 64).name for depth in (0.0, 0.25, 0.5, 0.75, 1.0)}
     for depth in (0.0, 0.25, 0.5, 0.75, 1.0):
         score = scores[f"needle_at_{depth:g},n=64"]
         assert score["rows"] == 4 and score["accuracy"] == pytest.approx(depth, abs=0.5 / 59)
-    assert table((tmp_path / "report.md").read_text(), "Needle in a haystack")["Gated DeltaNet", "64"] == "50.2"
+    assert table((tmp_path / "report.md").read_text(), "Needle in a haystack")["Mamba-2", "64"] == "50.2"
 
     # What is done is not done again; a score that is missing is measured by itself.
     del scores["needle_at_1,n=64"]

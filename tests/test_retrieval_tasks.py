@@ -35,6 +35,7 @@ CASES = {
     "mqar_8": (mqar(8), 128),
     "mqar_16": (mqar(16), 256),
     "mqar_64": (mqar(64), 512),
+    "mqar_16_zeros": (mqar(16, noise=False), 256),
     "mqar, as many pairs as keys": (mqar(7, vocab_size=16), 28),
     "selective_copying": (selective_copying(), 128),
     "selective_copying, no noise": (selective_copying(8, vocab_size=5), 16),
@@ -217,11 +218,19 @@ def test_mqar_queries_follow_the_power_law_and_the_rest_is_uniform_on_the_whole_
     assert_uniform(filler.tolist(), range(32))
 
 
+def test_mqar_without_noise_is_the_same_row_with_zeros_in_its_place():
+    noisy, zeros = (draw(mqar(4, vocab_size=32, noise=noise), 64) for noise in (True, False))
+    meant = noisy.mask | (np.arange(64) < 2 * 4)
+    np.testing.assert_array_equal(zeros.tokens, np.where(meant, noisy.tokens, 0))
+    assert (zeros.labels == noisy.labels).all() and (zeros.mask == noisy.mask).all()
+
+
 def test_mqar_settings_are_those_of_zoology():
     assert MQAR_SETTINGS == ((64, 4), (128, 8), (256, 16), (512, 64))
     for _, pairs in MQAR_SETTINGS:
-        assert get_task(f"mqar_{pairs}") is mqar(pairs)  # one object, so that jit knows it again
-        assert mqar(pairs).vocab_size == 8192
+        for name, task in ((f"mqar_{pairs}", mqar(pairs)), (f"mqar_{pairs}_zeros", mqar(pairs, noise=False))):
+            assert get_task(name) is task is get_task(task.name)  # one object, so that jit knows it again
+            assert task.vocab_size == 8192
 
 
 def test_selective_copying_places_and_data_are_uniform():
@@ -369,7 +378,8 @@ def test_every_answer_is_supervised_whichever_supervision_is_asked_for():
 
 
 def test_registries_name_their_tasks():
-    assert set(RETRIEVAL_TASKS) == {"mqar_4", "mqar_8", "mqar_16", "mqar_64", *CHECKS} - {"mqar", "pydoc_bytes"}
+    of_mqar = {f"mqar_{pairs}{filler}" for pairs in (4, 8, 16, 64) for filler in ("", "_zeros")}
+    assert set(RETRIEVAL_TASKS) == of_mqar | CHECKS.keys() - {"mqar", "pydoc_bytes"}
     assert not set(RETRIEVAL_TASKS) & set(TASKS)
     assert all(get_task(name).name == name for name in RETRIEVAL_TASKS)
     assert all(task.pad_id < task.vocab_size for task in RETRIEVAL_TASKS.values())

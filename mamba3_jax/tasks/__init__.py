@@ -34,7 +34,13 @@ TASKS: dict[str, Task] = {
 
 RETRIEVAL_TASKS: dict[str, Task] = {
     task.name: task
-    for task in (*(mqar(pairs) for _, pairs in MQAR_SETTINGS), selective_copying(), induction_heads(), needle())
+    for task in (
+        *(mqar(pairs) for _, pairs in MQAR_SETTINGS),
+        *(mqar(pairs, noise=False) for _, pairs in MQAR_SETTINGS),
+        selective_copying(),
+        induction_heads(),
+        needle(),
+    )
 }
 
 TEXT_TASKS: dict[str, Task] = {task.name: task for task in (pydoc_bytes("train"),)}
