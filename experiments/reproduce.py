@@ -85,8 +85,8 @@ RESULTS_BY_NAME: dict[str, Result] = {
         "discretization", ("--config", "configs/discretization.yaml"), "discretization", "days", "1 h", ("--smoke",),
     ),
     "retrieval": Result(
-        "MQAR, selective copying, induction heads, needles and word problems for five models",
-        "retrieval", ("--config", "configs/retrieval.yaml"), "retrieval", "days", "2 h",
+        "MQAR, selective copying, induction heads, needles and word problems, five models and two variants",
+        "retrieval", ("--config", "configs/retrieval.yaml"), "retrieval", "days", "5 h",
         ("--smoke", "--rows=8", "--needle_depths=[0.0,1.0]"),
     ),
     "chunked_latency": Result(

@@ -46,9 +46,10 @@ STYLES = {
     "attention-nope": dict(color="0.35", linestyle=":", marker="x"),
 }
 NOT_RUN, NOT_EVALUATED = "not run", "not evaluated"
-# Names of tasks, and their length and pairs.
+# Length and pairs of each setting: as in figure 2 of arXiv:2312.04927, and with noise.
 MQAR = {f"mqar_{pairs}_zeros": (length, pairs) for length, pairs in MQAR_SETTINGS}
 MQAR_NOISE = {f"mqar_{pairs}": (length, pairs) for length, pairs in MQAR_SETTINGS}
+ALL_MQAR = MQAR | MQAR_NOISE
 
 
 def main(argv: list[str]) -> int:
@@ -119,11 +120,16 @@ MQAR_SOURCE = {
     "test_rows": 3000,
     "stop_accuracy": 0.99,
 }
-_MQAR_BATCHES = {64: (512, 12_500), 128: (512, 12_500), 256: (256, 25_000), 512: (128, 50_000)}
+MQAR_SOURCE_BY_LENGTH = {
+    64: {"batch_size": 512, "max_steps": 12_500},
+    128: {"batch_size": 512, "max_steps": 12_500},
+    256: {"batch_size": 256, "max_steps": 25_000},
+    512: {"batch_size": 128, "max_steps": 50_000},
+}
 SOURCES: dict[str, dict] = {
     **{
-        task: MQAR_SOURCE | dict(zip(("curriculum.lengths", "batch_size", "max_steps"), ([n], *_MQAR_BATCHES[n])))
-        for task, (n, _) in (MQAR | MQAR_NOISE).items()
+        task: MQAR_SOURCE | {"curriculum.lengths": [length]} | MQAR_SOURCE_BY_LENGTH[length]
+        for task, (length, _) in ALL_MQAR.items()
     },
     "selective_copying": {
         "model.n_layers": 2,
@@ -233,7 +239,7 @@ MQAR_TEXT = (
     "Multi-query associative recall against the width of the model, in rows of so many tokens and pairs; a guess among "
     f"all values scores {_chance('mqar_4')}, and one among the row's own 100% / pairs."
 )
-NOISE_TEXT = "The same with random tokens where the rows above have zeros, in smaller batches."
+NOISE_TEXT = "The same with random tokens where the rows above have zeros, and half their batches but for 64 pairs."
 COPYING_TEXT = (
     "Sixteen data tokens scattered in noise, asked for in order at the end, by the length of the row; a guess scores "
     f"{_chance('selective_copying')}."
@@ -279,12 +285,12 @@ def _unique(values: Iterable) -> list:
 
 
 def _setting(task: str) -> str:
-    return "{} tokens, {} pairs".format(*(MQAR | MQAR_NOISE)[task])
+    return "{} tokens, {} pairs".format(*ALL_MQAR[task])
 
 
 def _mqar_table(results: Results, *settings: str) -> list[str]:
     models = _unique((model, d) for model, _, d in results.of(*settings))
-    tests = {task: Probe(get_task(task), (MQAR | MQAR_NOISE)[task][0]) for task in settings}
+    tests = {task: Probe(get_task(task), ALL_MQAR[task][0]) for task in settings}
     rows = [[_name(m), d, *(results.shown((m, task, d), test) for task, test in tests.items())] for m, d in models]
     return _table(["model", "d_model", *map(_setting, settings)], rows)
 

@@ -10,7 +10,7 @@ import pytest
 from experiments import further_tests, grid, retrieval
 from experiments.command import parse
 from experiments.grid import GridConfig
-from experiments.retrieval import MQAR, MQAR_NOISE, Probe, Results, RetrievalConfig
+from experiments.retrieval import ALL_MQAR, MQAR, Probe, Results, RetrievalConfig
 from mamba3_jax import cli
 from mamba3_jax.tasks import get_task, induction_heads, needle
 from mamba3_jax.tasks.needle import NEEDLE
@@ -31,8 +31,9 @@ def places() -> dict:
 
 def test_every_model_meets_every_task(places):
     one_width = ("selective_copying", "induction_heads", "needle")
-    for model in MODELS:
+    for model in (*MODELS, "mamba3-conv"):
         assert {(model, task, d) for task in MQAR for d in (64, 128, 256)} <= set(places)
+    for model in MODELS:
         assert {(model, task, 64) for task in (*one_width, *GROUPS)} <= set(places)
     assert {("attention-nope", task, 64) for task in one_width} <= set(places)
 
@@ -49,8 +50,8 @@ def test_a_place_in_the_grid_is_what_its_cell_trains(places):
         if ",layers=" in task:
             assert config.model.n_layers == int(task[-1]) and config.supervision == "every"
             assert config.model.dt_max == (1.0 if model.startswith("mamba3") else 0.1)
-        if task in MQAR | MQAR_NOISE:
-            length, pairs = (MQAR | MQAR_NOISE)[task]
+        if task in ALL_MQAR:
+            length, pairs = ALL_MQAR[task]
             assert config.curriculum.exact and config.curriculum.lengths == config.exact_lengths == (length,)
             assert get_task(task).answers == pairs and task.endswith("_zeros") == (task in MQAR)
 
@@ -140,14 +141,8 @@ def test_numbers_land_in_their_cells_and_the_others_say_not_run(places):
 
 def test_a_report_shows_no_table_or_figure_of_what_was_not_run(places):
     text = retrieval.render(command(), synthetic(places, {}))
-    for title in (
-        "MQAR",
-        "MQAR with noise",
-        "Selective copying",
-        "Induction heads",
-        "Needle in a haystack",
-        "Word problems",
-    ):
+    titles = "MQAR", "MQAR with noise", "Selective copying", "Induction heads", "Needle in a haystack", "Word problems"
+    for title in titles:
         section = text.split(f"## {title}\n")[1].split("\n## ")[0]
         assert section.endswith("\n\nNot run.\n") and "|" not in section and "png" not in section
 

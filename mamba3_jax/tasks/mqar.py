@@ -3,8 +3,8 @@
 Ids: 0 pad, keys 1..v/2-1, values v/2..v-1. A row starts with its pairs, key value key value ..., of distinct keys and
 distinct values. Each key then comes once more, as a query, and its value is asked for there. A query is 2g tokens after
 the pairs, where the gaps g of the p queries are drawn without replacement from 0..(n-2p)//2 - 1 with weights
-(g+1)^(0.01-1), so that most come early. All other tokens are noise, uniform on the whole vocabulary, 0 included; or all
-are 0.
+(g+1)^(0.01-1), so that most come early. All other tokens are noise, uniform on the whole vocabulary, 0 included; or,
+without noise, all 0.
 
 Source: Arora et al. 2024 (arXiv:2312.04927), HazyResearch/zoology, `multiquery_ar`. Noise is its default; zeros, its
 `random_non_queries=False`, are what the configs of the paper's figure 2 have.
