@@ -41,8 +41,8 @@ STYLES = {
     "mamba3-mimo": dict(color="black", linestyle="--", marker="s"),
     "mamba3-conv": dict(color="black", linestyle=":", marker="P"),
     "mamba2": dict(color="0.6", linestyle="-.", marker="^"),
-    "gated_deltanet": dict(color="0.6", linestyle="-", marker="v"),
-    "attention": dict(color="0.35", linestyle=":", marker="D"),
+    "gated_deltanet": dict(color="0.35", linestyle="-", marker="v"),
+    "attention": dict(color="0.35", linestyle="--", marker="D"),
     "attention-nope": dict(color="0.35", linestyle=":", marker="x"),
 }
 NOT_RUN, NOT_EVALUATED = "not run", "not evaluated"
