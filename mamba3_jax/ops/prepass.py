@@ -43,16 +43,21 @@ def head_major(u: Float[Array, "b t h"]) -> Float[Array, "b h t"]:
     return jnp.moveaxis(u, 1, 2)
 
 
-def decays(inputs: Inputs, c: int) -> dict[str, Array]:
-    """The operands that say what of each token is seen when: all float32, (b, h, t), but through, (b, h, chunks)."""
-    b, t, h = inputs.coefficients.gamma.shape
-    m = t // c
+def weights(inputs: Inputs) -> tuple[Float[Array, "b t h"], Float[Array, "b t h"], Float[Array, "b t h"]]:
+    """log alpha, as good as -inf at the start of a document, and of each token gamma and scale."""
     log_decay, gamma, carry = inputs.coefficients
-    gamma, scale = head_major(gamma), head_major(gamma + next_carry(carry, inputs.segment_ids))
     if inputs.segment_ids is not None:
         # What came before a document decays to 0 at its first token.
         log_decay = jnp.where(document_starts(inputs.segment_ids)[..., None], MIN_LOG_DECAY, log_decay)
-    parts = split_log_decay(head_major(log_decay))
+    return log_decay, gamma, gamma + next_carry(carry, inputs.segment_ids)
+
+
+def decays(inputs: Inputs, c: int) -> dict[str, Array]:
+    """The operands that say what of each token is seen when: all float32, (b, h, t), but through, (b, h, chunks)."""
+    log_decay, gamma, scale = map(head_major, weights(inputs))
+    b, h, t = gamma.shape
+    m = t // c
+    parts = split_log_decay(log_decay)
     coarse, fine = (cumulative(u.reshape(b, h * m, c)).reshape(b, h, m, c) for u in parts)
     entry = jnp.exp(coarse + fine)
     exit = jnp.exp((coarse[..., -1:] - coarse) + (fine[..., -1:] - fine)).reshape(b, h, t) * scale

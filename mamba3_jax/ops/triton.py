@@ -5,6 +5,7 @@ What the kernels read instead of making it is in prepass.py.
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float
 
 from mamba3_jax.ops import prepass
@@ -13,7 +14,7 @@ from mamba3_jax.ops.inputs import Inputs
 from mamba3_jax.ops.rotation import rotate_interleaved
 from mamba3_jax.ops.state import SSMState
 from pallas.triton.block_sizes import BlockSizes, default_block_sizes
-from pallas.triton.operands import Operands
+from pallas.triton.operands import Arguments
 from pallas.triton.tiles import Tiling
 from pallas.triton.vjp import ssm
 
@@ -83,10 +84,12 @@ def triton(
 
     precise = inputs.x.dtype == jnp.float32
     padded, z = prepass.pad(inputs, chunks * c), prepass.pad(z, chunks * c)
-    angles, decays = prepass.angles(padded, state, c), prepass.decays(padded, c)
-    if not precise:
-        decays |= dict(coarse=decays["coarse"] + decays["fine"], fine=None)
-    operands = Operands(
+    angles = prepass.angles(padded, state, c)
+    # The kernels differentiate the angles of chunks themselves, but for the one that came (operands.py).
+    still = padded._replace(omega=lax.stop_gradient(padded.omega), clock=lax.stop_gradient(padded.clock))
+    theta0 = prepass.angles(still, state, c).before
+    log_decay, gamma, scale = prepass.weights(padded)
+    arguments = Arguments(
         x=padded.x,
         z=z,
         B=padded.B.reshape(b, -1, g, n),
@@ -97,14 +100,16 @@ def triton(
         mimo_x=prepass.float32(inputs.mimo_x),
         mimo_z=prepass.float32(mimo_z),
         mimo_o=prepass.float32(mimo_o),
-        **decays,
-        clock=prepass.head_major(padded.clock),
+        log_decay=log_decay,
+        scale=scale,
+        gamma=gamma,
+        clock=padded.clock,
         omega=padded.omega[:, :, 0] if s else None,
-        theta0=angles.before if s else None,
+        theta0=theta0 if s else None,
         segment_ids=padded.segment_ids,
     )
     h0 = jnp.swapaxes(enter(inputs, state), 2, 3)
-    y, last = ssm(operands, h0, Tiling(c, r, n, s, p, precise, interpret), segments, blocks)
+    y, last = ssm(arguments, h0, Tiling(c, r, n, s, p, precise, interpret), segments, blocks)
     if inputs.mimo_x is not None and mimo_o is None:
         y = y.reshape(b, -1, r, h, p)
     return y[:, :t], leave(inputs, angles.after, jnp.swapaxes(last, 2, 3), angles.at_start, rotate_interleaved)

@@ -19,12 +19,13 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
+from pallas.triton import coefficients, tiles
 from pallas.triton import gradient_kernels as kernels
-from pallas.triton import tiles
 from pallas.triton.block_sizes import BlockSizes
+from pallas.triton.coefficients import Received
 from pallas.triton.forward import call_serial, entry_states, scan_segments
 from pallas.triton.gradient_kernels import Given, OutputGradients, ProjectionGradients, ValueGradients
-from pallas.triton.operands import Operands, at_heads, given_chunk, heads_per_program, specs
+from pallas.triton.operands import Arguments, Operands, at_heads, given_chunk, heads_per_program, specs
 from pallas.triton.tiles import Tiling
 
 
@@ -209,31 +210,33 @@ def _call_projection_gradients(
     return grid.call(kernels.projection_kernel, "ssm_projection_gradients", given, out, earlier, slab=slab)
 
 
-def _start_angles(entries, exits, h0, last, dh0, dlast, tiling: Tiling) -> jax.Array:
-    """dtheta0 (b, m, h, s): what the turns of a chunk's tokens receive in all.
+def _turned(entries, exits, h0, last, dh0, dlast, tiling: Tiling) -> tuple[jax.Array, jax.Array]:
+    """What the turns of all later tokens receive: seen from each chunk (b, h, m, 1, s), and from before the first.
 
-    To turn all tokens from a chunk's start on is to turn the state there backwards, and the last state. So their
-    dtheta sum to <dlast, J last> - <dS, J h> of that start, with J the quarter turn of every pair. The sums themselves,
-    of terms that cancel but for rounding, would in bfloat16 be the worse the longer the sequence is.
+    To turn all tokens from a chunk's end on is to turn the state there backwards, and the last state. So their dtheta
+    sum to <dlast, J last> - <dS, J h> of that end, with J the quarter turn of every pair. The sums themselves, of terms
+    that cancel but for rounding, would in bfloat16 be the worse the longer the sequence is.
     """
 
     def turned(h, dS):
         h, dS = (u[..., : 2 * tiling.s, :].astype(jnp.float32) for u in (h, dS))
         return jnp.sum(h[..., 0::2, :] * dS[..., 1::2, :] - h[..., 1::2, :] * dS[..., 0::2, :], axis=-1)
 
-    start, end = turned(h0, dh0)[:, :, None], turned(last, dlast)[:, :, None]
-    bounds = jnp.concatenate([start, turned(entries[:, :, 1:], exits[:, :, :-1]), end], axis=2)
-    return jnp.moveaxis(jnp.diff(bounds, axis=2), 2, 1)
+    end = turned(last, dlast)
+    ends = turned(entries[:, :, 1:], exits[:, :, :-1])
+    later = jnp.pad(end[:, :, None] - ends, ((0, 0), (0, 0), (0, 1), (0, 0)))
+    return later[:, :, :, None], end - turned(h0, dh0)
 
 
 def backward(
-    ops: Operands, h0, last, dy, dlast, tiling: Tiling, segments: int, blocks: BlockSizes
-) -> tuple[Operands, jax.Array]:
-    """Gradients of the operands and of h0, from those of y and of the last state.
+    args: Arguments, h0, last, dy, dlast, tiling: Tiling, segments: int, blocks: BlockSizes
+) -> tuple[Arguments, jax.Array]:
+    """Gradients of the arguments and of h0, from those of y and of the last state.
 
     One part of the batch after the other, so that what kernels hand each other takes the memory of a part: as many rows
     as keep the GPU busy (WAVES), and of the serial kernels as fill it.
     """
+    ops = coefficients.operands(args, tiling)
     b, t, h, _ = ops.x.shape
     chunks, of_heads = t // tiling.c, _Grid(ops, 0, b, tiling, blocks).blocks_of_heads
     at_once = rows_at_once(b, of_heads * chunks, WAVES * blocks.programs)
@@ -247,18 +250,22 @@ def backward(
             mine = slice(first, first + serial)
             entries, _ = entry_states(ops, h0[mine], tiling, segments, blocks, first)
             exits, dh0 = _exit_adjoints(ops, dy, dlast[mine], first, tiling, segments, blocks)
-            theta0 = None
+            later = angle = None
             if tiling.s:
-                theta0 = _start_angles(entries, exits, h0[mine], last[mine], dh0, dlast[mine], tiling)
-            states.append((dh0, theta0))
-        whole, own = _gradients(_Grid(ops, first, at_once, tiling, blocks), entries, exits, dy, whole)
+                later, angle = _turned(entries, exits, h0[mine], last[mine], dh0, dlast[mine], tiling)
+            states.append((dh0, angle))
+        given = Given(dy=dy, entries=entries, exits=exits, later=later)
+        whole, own = _gradients(_Grid(ops, first, at_once, tiling, blocks), given, whole)
         sums.append(own)
-    dh0, theta0 = jax.tree.map(lambda *parts: jnp.concatenate(parts), *states)
+    dh0, angle = jax.tree.map(lambda *parts: jnp.concatenate(parts), *states)
     parts = _Sums(*zip(*sums))
     projections, biases = jnp.concatenate(parts.projections, 1), sum(parts.biases)
     mimo_x, mimo_z, mimo_o = (None if u[0] is None else sum(u) for u in (parts.mimo_x, parts.mimo_z, parts.mimo_o))
     outputs, values, clocks = whole
-    grads = Operands(
+    received = Received(
+        outputs.cs, outputs.entry, values.exit, values.through, outputs.scale, outputs.gamma, clocks
+    )
+    grads = Arguments(
         x=values.x,
         z=outputs.z,
         B=projections[0],
@@ -269,20 +276,13 @@ def backward(
         mimo_x=mimo_x,
         mimo_z=mimo_z,
         mimo_o=mimo_o,
-        coarse=outputs.cs,
-        fine=None if ops.fine is None else outputs.cs,
-        entry=outputs.entry,
-        exit=values.exit,
-        through=values.through,
-        scale=outputs.scale,
-        gamma=outputs.gamma,
-        clock=sum(clocks) if clocks else jnp.zeros_like(ops.clock),
+        **coefficients.gradients(ops, received, tiling),
         omega=jnp.concatenate(parts.omega) if tiling.s else None,
-        theta0=theta0,
+        theta0=jnp.zeros_like(ops.theta0).at[:, 0].set(angle) if tiling.s else None,
         segment_ids=None,
     )
-    like = ops._replace(segment_ids=None)
-    return jax.tree.map(lambda grad, operand: grad.astype(operand.dtype), grads, like), dh0
+    like = args._replace(segment_ids=None)
+    return jax.tree.map(lambda grad, given: grad.astype(given.dtype), grads, like), dh0
 
 
 class _Whole(NamedTuple):
@@ -317,8 +317,9 @@ def rows_at_once(b: int, programs_per_row: int, programs: int, multiple_of: int 
     return next((rows for rows in parts if rows * programs_per_row >= programs), b)
 
 
-def _gradients(grid: _Grid, entries, exits, dy, earlier: _Whole | None) -> tuple[_Whole, _Sums]:
+def _gradients(grid: _Grid, given: Given, earlier: _Whole | None) -> tuple[_Whole, _Sums]:
     """Those of the grid's rows, written into what the parts before wrote; but for theta0."""
+    dy, entries, exits = given.dy, given.entries, given.exits
     ops, tiling = grid.ops, grid.tiling
     slabs = tiles.slabs(tiling, grid.blocks.turning_slab)
     outputs, values, clocks = earlier or (None, None, [None for slab in slabs if slab.pair is not None])
@@ -328,7 +329,7 @@ def _gradients(grid: _Grid, entries, exits, dy, earlier: _Whole | None) -> tuple
     outputs = _call_output_gradients(grid, Given(dy=dy, entries=entries), onto)
     g = dy if outputs.g is None else outputs.g
 
-    given, parts, clocks = Given(g=g, M=outputs.M, entries=entries, exits=exits), None, list(clocks)
+    given, parts, clocks = given._replace(dy=None, g=g, M=outputs.M), None, list(clocks)
     for i, slab in enumerate(slabs):
         onto = None
         if earlier is not None or parts is not None:

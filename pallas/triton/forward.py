@@ -17,9 +17,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from pallas.triton import tiles
+from pallas.triton import coefficients, tiles
 from pallas.triton.block_sizes import BlockSizes
-from pallas.triton.operands import Operands, at_heads, given_chunk, specs
+from pallas.triton.operands import Arguments, Operands, at_heads, given_chunk, specs
 from pallas.triton.tiles import Tiling
 
 
@@ -205,7 +205,8 @@ def scan_segments(h0, ends, through) -> jax.Array:
     return jnp.stack(starts, axis=2)
 
 
-def forward(ops: Operands, h0, tiling: Tiling, segments: int, blocks: BlockSizes) -> tuple[jax.Array, jax.Array]:
+def forward(args: Arguments, h0, tiling: Tiling, segments: int, blocks: BlockSizes) -> tuple[jax.Array, jax.Array]:
     """y (b, t, h, p), or (b, t r, h, p) without mimo_o; and the last state (b, h, n, p), float32, in kernel order."""
+    ops = coefficients.operands(args, tiling)
     entries, last = entry_states(ops, h0, tiling, segments, blocks)
     return _call_outputs(ops, entries, tiling, blocks), last

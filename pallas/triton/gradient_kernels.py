@@ -12,8 +12,8 @@ W Y with D added on its diagonal:
     dtheta = q x dq + k x dk per turning pair, whose reverse cumulative sum is what each token's turn receives
 
 dB, dC and domega are summed over a program's heads in a fixed order, and over programs outside. What the coefficients
-receive is handed on by the derivative of plain jnp (operands.py), and so is what a turn receives from later chunks:
-theta0 takes the sum of each chunk's dtheta, read off the states (backward.py, `_start_angles`).
+receive is handed on by the derivative of plain jnp (operands.py); what a turn receives from later chunks is read off
+the states (backward.py, `_turned`).
 """
 
 from typing import NamedTuple
@@ -76,11 +76,12 @@ class Given(NamedTuple):
     M: jax.Array | None = None
     entries: jax.Array | None = None  # (b, h, m, n, p)
     exits: jax.Array | None = None
+    later: jax.Array | None = None  # (b, h, m, 1, s), what the turns of the tokens after each chunk receive
 
 
 # Where refs keep the block's heads, beside the batch; None: they are shared by the heads.
 _HEAD_AXES = dict(
-    dy=1, g=1, P=0, M=0, entries=0, exits=0,
+    dy=1, g=1, P=0, M=0, entries=0, exits=0, later=0,
     x=1, mimo_x=1, exit=0, through=0, z=1, mimo_z=1, mimo_o=1, entry=0, D=0, cs=0, scale=0, gamma=0,
     projections=None, biases=2, clock=0, omega=None,
 )  # fmt: skip
@@ -286,7 +287,8 @@ def _projection_gradients(ops: Operands, given: Given, out: ProjectionGradients,
     tokens = pl.ds(t0, tiling.c)
     dtheta = tiling.per_token(turned + also_turned)
     # The reverse cumulative sum, of which Triton has the forward one only.
-    received = jnp.sum(dtheta, axis=0)[None, :] - jnp.cumsum(dtheta, axis=0) + dtheta
+    after = jnp.sum(dtheta, axis=0) + given.later[0, slab.pairs]
+    received = after[None, :] - jnp.cumsum(dtheta, axis=0) + dtheta
     out.clock[tokens] = jnp.sum(received * ops.omega[tokens, slab.pairs], axis=1)
     return dB, dC, received * ops.clock[tokens][:, None]
 

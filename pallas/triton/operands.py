@@ -9,8 +9,8 @@ from jax.experimental import pallas as pl
 from pallas.triton import ptx
 
 
-class Operands(NamedTuple):
-    """What the SSM reads, as the layer wrote it; None is absent.
+class Arguments(NamedTuple):
+    """What the SSM takes, as the layer wrote it, and gives gradients of; None is absent.
 
     Attributes:
         x, z: input and gate.
@@ -18,15 +18,12 @@ class Operands(NamedTuple):
         B_bias, C_bias: added per head before the rotation.
         D: skip.
         mimo_x, mimo_z, mimo_o: rank projections.
-        coarse, fine: two parts of the cumulative sum of the log decay from each chunk's start; of 16-bit operands
-            coarse is all of it, and fine absent.
-        entry: exp(coarse + fine), what a token still sees of the state at the chunk's start; 0 in later documents.
-        exit: exp(rest of the chunk's log decay) scale, what the chunk's end sees of a token; 0 for earlier documents.
-        through: what the chunk's end keeps of the state at its start.
+        log_decay: log alpha, as good as -inf where a document starts.
         scale, gamma: weights of a token for later ones and for itself.
         clock: what omega is multiplied by.
         omega: angular velocity of all heads.
-        theta0: angle before each chunk's first token.
+        theta0: angle before each chunk's first token. What it owes to the turns of earlier tokens goes into the
+            gradients of clock and omega; its own is that of the first angle, and 0 of the others.
         segment_ids: packed documents.
     """
 
@@ -40,17 +37,48 @@ class Operands(NamedTuple):
     mimo_x: jax.Array | None  # (h, r, p)
     mimo_z: jax.Array | None  # (h, r, p)
     mimo_o: jax.Array | None  # (h, r, p)
-    coarse: jax.Array  # (b, h, t), like the next three; all coefficients are float32
+    log_decay: jax.Array  # (b, t, h), like the next three; all coefficients are float32
+    scale: jax.Array
+    gamma: jax.Array
+    clock: jax.Array
+    omega: jax.Array | None  # (b, t, s)
+    theta0: jax.Array | None  # (b, chunks, h, s)
+    segment_ids: jax.Array | None  # (b, t) int32
+
+
+class Operands(NamedTuple):
+    """What the kernels read: `Arguments`, and of every token and head what depends on the coefficients alone.
+
+    Attributes:
+        coarse, fine: two parts of the cumulative sum of the log decay from each chunk's start; of 16-bit operands
+            coarse is all of it, and fine absent.
+        entry: exp(coarse + fine), what a token still sees of the state at the chunk's start; 0 in later documents.
+        exit: exp(rest of the chunk's log decay) scale, what the chunk's end sees of a token; 0 for earlier documents.
+        through: what the chunk's end keeps of the state at its start.
+        scale, gamma, clock: with time last, so that a tile's lie side by side.
+    """
+
+    x: jax.Array
+    z: jax.Array | None
+    B: jax.Array
+    C: jax.Array
+    B_bias: jax.Array
+    C_bias: jax.Array
+    D: jax.Array | None
+    mimo_x: jax.Array | None
+    mimo_z: jax.Array | None
+    mimo_o: jax.Array | None
+    coarse: jax.Array  # (b, h, t), like all of them but through
     fine: jax.Array | None
     entry: jax.Array
     exit: jax.Array
     through: jax.Array  # (b, h, chunks)
-    scale: jax.Array  # (b, h, t)
-    gamma: jax.Array  # (b, h, t)
-    clock: jax.Array  # (b, h, t)
-    omega: jax.Array | None  # (b, t, s)
-    theta0: jax.Array | None  # (b, chunks, h, s)
-    segment_ids: jax.Array | None  # (b, t) int32
+    scale: jax.Array
+    gamma: jax.Array
+    clock: jax.Array
+    omega: jax.Array | None
+    theta0: jax.Array | None
+    segment_ids: jax.Array | None
 
 
 def specs(operands: Operands, at, heads: int | None = None) -> Operands:
@@ -76,8 +104,8 @@ def specs(operands: Operands, at, heads: int | None = None) -> Operands:
     return Operands(**{name: spec(name, array) for name, array in operands._asdict().items()})
 
 
-_HEADS, _SMALL, _PROJECTION = ("b", "t", "h", "p"), ("b", "h", "t"), ("b", "tr", "g", "n")
-AXES = dict(
+_HEADS, _SMALL, _PROJECTION, _RANKS = ("b", "t", "h", "p"), ("b", "h", "t"), ("b", "tr", "g", "n"), ("h", "r", "p")
+_SHARED_AXES = dict(
     x=_HEADS,
     z=_HEADS,
     B=_PROJECTION,
@@ -85,21 +113,16 @@ AXES = dict(
     B_bias=("h", "r", "n"),
     C_bias=("h", "r", "n"),
     D=("h",),
-    mimo_x=("h", "r", "p"),
-    mimo_z=("h", "r", "p"),
-    mimo_o=("h", "r", "p"),
-    coarse=_SMALL,
-    fine=_SMALL,
-    entry=_SMALL,
-    exit=_SMALL,
-    through=("b", "h", "chunks"),
-    scale=_SMALL,
-    gamma=_SMALL,
-    clock=_SMALL,
+    mimo_x=_RANKS,
+    mimo_z=_RANKS,
+    mimo_o=_RANKS,
     omega=("b", "t", "s"),
     theta0=("b", "chunks", "h", "s"),
     segment_ids=("b", "t"),
 )
+ARGUMENT_AXES = _SHARED_AXES | dict.fromkeys(("log_decay", "scale", "gamma", "clock"), ("b", "t", "h"))
+AXES = _SHARED_AXES | dict.fromkeys(("coarse", "fine", "entry", "exit", "scale", "gamma", "clock"), _SMALL)
+AXES |= dict(through=("b", "h", "chunks"))
 
 
 def at_heads(h: int, index):

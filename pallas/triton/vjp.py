@@ -22,50 +22,53 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from pallas.triton.backward import backward
 from pallas.triton.block_sizes import BlockSizes
 from pallas.triton.forward import forward
-from pallas.triton.operands import AXES, Operands
+from pallas.triton.operands import ARGUMENT_AXES, Arguments
 from pallas.triton.tiles import Tiling
 
-# Axes of the arrays that are not operands.
+# Axes of the arrays that are not arguments.
 _Y, _STATE = "b rows h p", "b h n p"
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
-def ssm(ops: Operands, h0: jax.Array, tiling: Tiling, segments: int, blocks: BlockSizes) -> tuple[jax.Array, jax.Array]:
-    """y and the last state from h0 (b, h, n, p), both states in kernel order and float32. See `Operands`.
+def ssm(
+    inputs: Arguments, h0: jax.Array, tiling: Tiling, segments: int, blocks: BlockSizes
+) -> tuple[jax.Array, jax.Array]:
+    """y and the last state from h0 (b, h, n, p), both states in kernel order and float32. See `Arguments`.
 
-    Kept for the backward pass are the operands and the last state. The states that chunks start from are made again: at
+    Kept for the backward pass are the arguments and the last state. The states that chunks start from are made again: at
     block_sizes.py's shape that took 0.21 ms, and kept they would be n / c times as large as x in every layer.
 
     Inside a `shard_map` of the caller's it computes what it is given; `check_vma` must be False there, as for every
     Pallas kernel that does not say how its outputs vary.
     """
-    return _forward(ops, h0, tiling, segments, blocks)[0]
+    return _forward(inputs, h0, tiling, segments, blocks)[0]
 
 
 # Jitted, so that the layers of a model that is not scanned share what JAX makes of the kernels: they are traced and
 # lowered once a shape, which takes longer than all the rest of a layer.
 @functools.partial(jax.jit, static_argnums=(2, 3, 4))
-def _forward(ops, h0, tiling, segments, blocks):
-    run = _Sharded(forward, (_axes(ops), _STATE), (_Y, _STATE), ops, tiling, segments, blocks)
-    y, last = run(ops, h0)
-    return (y, last), (ops, h0, last)
+def _forward(inputs, h0, tiling, segments, blocks):
+    run = _Sharded(forward, (_axes(inputs), _STATE), (_Y, _STATE), inputs, tiling, segments, blocks)
+    y, last = run(inputs, h0)
+    return (y, last), (inputs, h0, last)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _backward(tiling, segments, blocks, saved, grads):
-    ops, *states = saved
-    axes = _axes(ops)
+    inputs, *states = saved
+    axes = _axes(inputs)
     outs = axes._replace(segment_ids=None), _STATE
-    run = _Sharded(backward, (axes, _STATE, _STATE, _Y, _STATE), outs, ops, tiling, segments, blocks)
-    return run(ops, *states, *grads)
+    run = _Sharded(backward, (axes, _STATE, _STATE, _Y, _STATE), outs, inputs, tiling, segments, blocks)
+    return run(inputs, *states, *grads)
 
 
 ssm.defvjp(_forward, _backward)
 
 
-def _axes(ops: Operands) -> Operands:
-    """The axes of the operands that are there, as one string each."""
-    return Operands(**{name: None if a is None else " ".join(AXES[name]) for name, a in ops._asdict().items()})
+def _axes(inputs: Arguments) -> Arguments:
+    """The axes of the arguments that are there, as one string each."""
+    named = inputs._asdict().items()
+    return Arguments(**{name: None if a is None else " ".join(ARGUMENT_AXES[name]) for name, a in named})
 
 
 class _Sharded:
@@ -75,10 +78,12 @@ class _Sharded:
     every device, which takes those of its heads.
     """
 
-    def __init__(self, function, in_axes, out_axes, ops: Operands, tiling: Tiling, segments: int, blocks: BlockSizes):
+    def __init__(
+        self, function, in_axes, out_axes, inputs: Arguments, tiling: Tiling, segments: int, blocks: BlockSizes
+    ):
         self._function, self._in_axes, self._out_axes = function, in_axes, out_axes
         self._tiling, self._segments, self._blocks = tiling, segments, blocks
-        self._heads, self._groups = ops.x.shape[2], ops.B.shape[2]
+        self._heads, self._groups = inputs.x.shape[2], inputs.B.shape[2]
 
     def __call__(self, *args):
         def call(*args):
@@ -112,12 +117,12 @@ class _Sharded:
         cut = _Cut.of(mesh, args[0], self._groups)
         per_group = self._heads // self._groups
 
-        def on_shard(ops, *rest):
-            h = ops.x.shape[2]
+        def on_shard(inputs, *rest):
+            h = inputs.x.shape[2]
             first = lax.axis_index(cut.heads) * h // per_group if cut.heads else 0
-            mine = [lax.dynamic_slice_in_dim(u, first, max(1, h // per_group), 2) for u in (ops.B, ops.C)]
-            ops = ops._replace(B=mine[0], C=mine[1])
-            out = self._function(ops, *rest, self._tiling, self._segments_of(ops), self._blocks)
+            mine = [lax.dynamic_slice_in_dim(u, first, max(1, h // per_group), 2) for u in (inputs.B, inputs.C)]
+            inputs = inputs._replace(B=mine[0], C=mine[1])
+            out = self._function(inputs, *rest, self._tiling, self._segments_of(inputs), self._blocks)
             return jax.tree.map(functools.partial(of_all, first), self._out_axes, out)
 
         def of_all(first, axes: str, u):
@@ -131,7 +136,7 @@ class _Sharded:
 
         return cut.mesh, on_shard, cut.shardings(self._out_axes), cut.shardings(self._in_axes)
 
-    def _segments_of(self, shard: Operands) -> int:
+    def _segments_of(self, shard: Arguments) -> int:
         """More of them where a shard's rows and heads alone leave its device empty."""
         b, t, h, _ = shard.x.shape
         segments, chunks = self._segments, t // self._tiling.c
@@ -148,9 +153,9 @@ class _Cut(NamedTuple):
     heads: tuple[str, ...]
 
     @classmethod
-    def of(cls, mesh: Mesh, ops: Operands, groups: int) -> "_Cut":
+    def of(cls, mesh: Mesh, inputs: Arguments, groups: int) -> "_Cut":
         """As the partitioner cut x; () where that does not come out even, or between heads of different groups."""
-        x = ops.x
+        x = inputs.x
         # Devices in the order of the program's partitions.
         found = x.sharding.devices_indices_map(x.shape)
         if mesh.empty:
