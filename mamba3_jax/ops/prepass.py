@@ -1,4 +1,6 @@
-"""What the kernels of sequences read instead of making it: plain JAX that autodiff sees through, shared by all of them.
+"""What the kernels of sequences read instead of making it: plain JAX that autodiff sees through.
+
+The angles are for all of them, the decays for a TPU's; those of a GPU are made by pallas/triton/coefficients.py.
 
 For every chunk of c tokens, with cs the inclusive cumulative sum of log alpha from the chunk's start, -inf (as good as)
 across the start of a document,

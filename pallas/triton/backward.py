@@ -12,6 +12,7 @@ whole batch.
 
 import dataclasses
 import functools
+import itertools
 from typing import NamedTuple
 
 import jax
@@ -44,7 +45,8 @@ def _exit_adjoints(ops: Operands, dy, dlast, first: int, tiling: Tiling, segment
 
 
 class _Grid(NamedTuple):
-    """Blocks of heads x chunks x `rows` rows of the batch from `first` on, and the BlockSpecs of what lies on it.
+    """`slabs` of the state x blocks of heads x chunks x `rows` rows of the batch from `first` on, and the BlockSpecs of
+    what lies on it. Slabs are innermost: what they all read comes from the cache.
 
     An array holds these rows, or more: those of the serial kernels, or the whole batch. Each length divides the next,
     so that the grid's rows begin at `first % length` of an array.
@@ -55,6 +57,7 @@ class _Grid(NamedTuple):
     rows: int
     tiling: Tiling
     blocks: BlockSizes
+    slabs: int = 1
 
     @property
     def heads(self) -> int:
@@ -80,8 +83,16 @@ class _Grid(NamedTuple):
 
     def at(self, index, length: int | None = None):
         """index(block of heads, chunk, row), from the grid's axes, in an array of `length` rows or only the grid's."""
+        return self.at_slab(lambda k, *where: index(*where), length)
+
+    def at_slab(self, index, length: int | None = None):
+        """The same of index(slab, block of heads, chunk, row)."""
         first = self.first % (length or self.rows)
-        return at_heads(self.blocks_of_heads, lambda i, c, b: index(i, c, first + b))
+
+        def of_slab(i, c, b):
+            return index(i % self.slabs, i // self.slabs, c, first + b)
+
+        return at_heads(self.slabs * self.blocks_of_heads, of_slab)
 
     def call(self, kernel, label: str, given: Given, out, earlier=None, **static):
         """Runs `kernel`; `out` holds (shape, BlockSpec) or None, and `earlier` arrays to write into, or None."""
@@ -98,8 +109,8 @@ class _Grid(NamedTuple):
                 where, kept[name] = len(inputs) + len(kept), array
             aliases[where] = position
         return pl.pallas_call(
-            given_chunk(kernel, self.blocks_of_heads, tiling=self.tiling, heads=self.heads, **static),
-            grid=(self.blocks_of_heads * self.chunks, self.rows),
+            given_chunk(kernel, self.slabs * self.blocks_of_heads, tiling=self.tiling, heads=self.heads, **static),
+            grid=(self.slabs * self.blocks_of_heads * self.chunks, self.rows),
             in_specs=[
                 specs(self.ops, self.at(lambda i, c, b: (b, i, i // self.per_group), len(self.ops.x)), self.heads),
                 Given(*map(self._given_spec, given)),
@@ -182,32 +193,35 @@ def _call_value_gradients(grid: _Grid, given: Given, earlier: ValueGradients) ->
 
 
 def _call_projection_gradients(
-    grid: _Grid, given: Given, slab, earlier: ProjectionGradients | None
+    grid: _Grid, given: Given, slabs: list[tiles.Slab], earlier: ProjectionGradients
 ) -> ProjectionGradients:
-    (_, t, h, _), (g, n) = grid.ops.x.shape, grid.ops.B.shape[2:]
-    r, s, N, w = grid.tiling.r, grid.tiling.s, grid.per_group, slab.width
+    """Of slabs of one width, that all turn or do not."""
+    grid = grid._replace(slabs=len(slabs))
+    (b, t, h, _), (g, n) = grid.ops.x.shape, grid.ops.B.shape[2:]
+    r, s, N, w = grid.tiling.r, grid.tiling.s, grid.per_group, slabs[0].width
 
-    def shared(shape, block, index):
-        return jax.ShapeDtypeStruct(shape, jnp.float32), pl.BlockSpec(block, grid.at(index))
+    def out(shape, block, index, length=None):
+        return jax.ShapeDtypeStruct(shape, jnp.float32), pl.BlockSpec(block, grid.at_slab(index, length))
 
     # A slab's place on the axis of channels, counted in slabs.
-    place = slab.start // w
-    projections = shared(
+    place = slabs[0].start // w
+    projections = out(
         (2, N, grid.rows, t * r, g, n),
         (2, None, None, t * r, None, w),
-        lambda i, c, b: (0, i % N, b, 0, i // N, place),
+        lambda k, i, c, b: (0, i % N, b, 0, i // N, place + k),
     )
-    biases = shared(
+    biases = out(
         (2, grid.rows, grid.chunks, h, r, n),
         (2, None, grid.chunks, grid.heads, r, w),
-        lambda i, c, b: (0, b, 0, i, 0, place),
+        lambda k, i, c, b: (0, b, 0, i, 0, place + k),
     )
-    turning = (None, None)
-    if slab.pair is not None:
-        omega = shared((N * g, grid.rows, t, s), (None, None, t, w // 2), lambda i, c, b: (i, b, 0, place))
-        turning = grid.coefficient(), omega
-    out = ProjectionGradients(projections, biases, *turning)
-    return grid.call(kernels.projection_kernel, "ssm_projection_gradients", given, out, earlier, slab=slab)
+    clock = omega = None
+    if slabs[0].pair is not None:
+        clock = out((len(slabs), b, h, t), (None, None, grid.heads, t), lambda k, i, c, b: (k, b, i, 0), b)
+        omega = out((N * g, grid.rows, t, s), (None, None, t, w // 2), lambda k, i, c, b: (i, b, 0, place + k))
+    out = ProjectionGradients(projections, biases, clock, omega)
+    kernel = functools.partial(kernels.projection_kernel, slabs=slabs)
+    return grid.call(kernel, "ssm_projection_gradients", given, out, earlier)
 
 
 def _turned(entries, exits, h0, last, dh0, dlast, tiling: Tiling) -> tuple[jax.Array, jax.Array]:
@@ -261,9 +275,9 @@ def backward(
     parts = _Sums(*zip(*sums))
     projections, biases = jnp.concatenate(parts.projections, 1), sum(parts.biases)
     mimo_x, mimo_z, mimo_o = (None if u[0] is None else sum(u) for u in (parts.mimo_x, parts.mimo_z, parts.mimo_o))
-    outputs, values, clocks = whole
+    outputs, values, clock = whole
     received = Received(
-        outputs.cs, outputs.entry, values.exit, values.through, outputs.scale, outputs.gamma, clocks
+        outputs.cs, outputs.entry, values.exit, values.through, outputs.scale, outputs.gamma, clock
     )
     grads = Arguments(
         x=values.x,
@@ -290,7 +304,7 @@ class _Whole(NamedTuple):
 
     outputs: OutputGradients
     values: ValueGradients
-    clocks: list[jax.Array]  # a slab each
+    clock: jax.Array | None
 
 
 class _Sums(NamedTuple):
@@ -321,24 +335,17 @@ def _gradients(grid: _Grid, given: Given, earlier: _Whole | None) -> tuple[_Whol
     """Those of the grid's rows, written into what the parts before wrote; but for theta0."""
     dy, entries, exits = given.dy, given.entries, given.exits
     ops, tiling = grid.ops, grid.tiling
-    slabs = tiles.slabs(tiling, grid.blocks.turning_slab)
-    outputs, values, clocks = earlier or (None, None, [None for slab in slabs if slab.pair is not None])
+    outputs, values, clock = earlier or (None, None, None)
     # g is written where dx will be.
     in_place = tiling.r == 1 and grid.gated
     onto = None if outputs is None else outputs._replace(g=values.x if in_place else None)
     outputs = _call_output_gradients(grid, Given(dy=dy, entries=entries), onto)
     g = dy if outputs.g is None else outputs.g
 
-    given, parts, clocks = given._replace(dy=None, g=g, M=outputs.M), None, list(clocks)
-    for i, slab in enumerate(slabs):
-        onto = None
-        if earlier is not None or parts is not None:
-            onto = parts or ProjectionGradients(None, None, None, None)
-            onto = onto._replace(clock=clocks[i] if slab.pair is not None else None)
-        own = _call_projection_gradients(grid, given, slab, onto)
-        if slab.pair is not None:
-            clocks[i] = own.clock
-        parts = own if parts is None else own._replace(omega=parts.omega if own.omega is None else own.omega)
+    given, parts = given._replace(dy=None, g=g, M=outputs.M), ProjectionGradients(None, None, clock, None)
+    for _, slabs in itertools.groupby(tiles.slabs(tiling, grid.blocks.turning_slab), lambda slab: slab.pair is None):
+        own = _call_projection_gradients(grid, given, list(slabs), parts)
+        parts = jax.tree.map(lambda old, new: old if new is None else new, parts, own, is_leaf=lambda u: u is None)
 
     # After all that read g.
     parts, g = lax.optimization_barrier((parts, g))
@@ -358,4 +365,4 @@ def _gradients(grid: _Grid, given: Given, earlier: _Whole | None) -> tuple[_Whol
         *(over(u, 0, 1) for u in (values.mimo_x, outputs.mimo_z, outputs.mimo_o)),
     )
     outputs = outputs._replace(P=None, M=None, g=None, mimo_z=None, mimo_o=None)
-    return _Whole(outputs, values._replace(mimo_x=None), clocks), sums
+    return _Whole(outputs, values._replace(mimo_x=None), parts.clock), sums

@@ -25,7 +25,18 @@ forward 0.93, forward + backward 4.02). The kernels alone, without what api.py p
                  instead of 1.32. Chunk numbers of the other kernels off the grid, their outputs written into arrays of
                  the whole batch, g where dx will be: 70 launches instead of 121 in four parts, 41 in one
 
-    Of this last round, kernels alone: outputs 0.38 if the chunk's number comes from memory, 0.47 if from the grid, the
+    Since then, compiled for an H100 but not yet timed: the coefficients and their gradients are made by a kernel each,
+    what turns receive from later chunks is added by the projections' kernel, and slabs that turn share a launch, so
+    that the second finds in the cache what the first read. 30 launches instead of 42 forward and backward, 1.78 GB
+    instead of 1.80, spills as before. What that is about, by the profiler: of 0.67 ms forward 0.077 were XLA's, in 17
+    launches (0.027 the angles, which it still makes); of 3.58 forward and backward 0.38: 0.095 in front, 0.14 to read
+    off the states what turns receive (0.10 of it reading), 0.085 to hand that to clock and omega, 0.03 the decays'
+    gradients.
+    One pass, in which the program of each chunk waits for the one before it (a counter per head, by atomics) and
+    updates the state in place, in float32: the same bits in 0.71 to 0.77 against 0.60, at n=64 0.60 against 0.53,
+    MIMO 2.9 to 3.2 against 2.85, the counter read first or last, the state written before or after the outputs.
+
+    Of the last round in the table, kernels alone: outputs 0.38 if the chunk's number comes from memory, 0.47 if from the grid, the
     instructions being the same but for that load (n=64: 0.32 and 0.33); not understood. In the gradients of the outputs
     it makes no difference, nor does reading the entries first (n=64: 0.68 against 0.72; MIMO 3.78 against 3.71).
     one program of outputs through two chunks, the states written of every other one (a quarter fewer bytes): 0.57 for
@@ -84,12 +95,15 @@ as at n=128 p=64 a RTX 4090 would need 135 at n=256, 125 at p=128 and has 101; a
 has 167; with 2 stages of serial loads and no others n=256 p=128 takes 100. MIMO r=4, forward and forward + backward
 with what XLA adds: 3.1 and 18.3 (before P and M 3.2 and 21.4; with loads fetched ahead 3.8, 32.4).
 
-Next: of 3.8 ms forward + backward the kernels take 3.2 and what XLA adds 0.36, a quarter of it to read the states for
-what turns receive from later chunks; gaps between 41 launches are the rest. The gradients move 0.27 MB a tile of 64
+Next: time the launches above. The outputs' kernel takes 182 registers, two programs to a multiprocessor; with z loaded
+where it is used, or the state's share made last, it takes 167, which is three. The gradients move 0.27 MB a tile of 64
 tokens, a third of it states: the sums over heads of the slabs that turn keep their kernels from being one (registers),
 and the outputs' gradients run at a third of what the schedulers could issue, two programs to a multiprocessor. Hopper's
 bulk copies need no registers for what is under way; Mosaic GPU has them. A row of 65536 tokens is not cut: its states,
 P and M are 3.2 of 7.2 GB; a few heads at a time would take less.
+
+Registers and spills need no GPU: compile for the topology of an H100 with the wheels of jax[cuda12], without
+libnvJitLink so that XLA calls ptxas, and ptxas with -v.
 """
 
 import dataclasses

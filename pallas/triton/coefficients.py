@@ -46,7 +46,10 @@ class _Made(NamedTuple):
 
 
 class Received(NamedTuple):
-    """Gradients: of coarse and fine alike `cs`, the others of what they are named after, and of clock in parts."""
+    """Gradients: of coarse and fine alike `cs`, the others of what they are named after, and of clock in parts.
+
+    clock is (slabs, b, h, t), or None where nothing turns.
+    """
 
     cs: jax.Array
     entry: jax.Array
@@ -54,7 +57,7 @@ class Received(NamedTuple):
     through: jax.Array
     scale: jax.Array
     gamma: jax.Array
-    clocks: list[jax.Array]
+    clock: jax.Array | None
 
 
 def _kernel(chunk, given: _Given, made: _Made, *, tiling: Tiling):
@@ -95,7 +98,8 @@ def _gradient_kernel(chunk, made: _Made, received: Received, given: _Given, *, t
     given.log_decay[tokens] = (after[:, None] - jnp.cumsum(dcs, axis=1) + dcs).T
     given.scale[tokens] = (received.scale[:, tokens] + dexit * weight).T
     given.gamma[tokens] = received.gamma[:, tokens].T
-    given.clock[tokens] = sum((u[:, tokens] for u in received.clocks), jnp.zeros_like(dexit)).T
+    slabs = 0 if received.clock is None else received.clock.shape[0]
+    given.clock[tokens] = sum((received.clock[k, :, tokens] for k in range(slabs)), jnp.zeros_like(dexit)).T
 
 
 def operands(args: Arguments, tiling: Tiling) -> Operands:
@@ -131,10 +135,15 @@ def _call(kernel, name: str, inputs: list, out, shape: tuple[int, int, int], til
     at = functools.partial(at_heads, h // heads)
     time_major = pl.BlockSpec((None, t, heads), at(lambda i, c, b: (b, 0, i)))
 
+    def head_major(array):
+        slabs = array.shape[:-3]
+        block = (*slabs, None, heads, array.shape[-1])
+        return pl.BlockSpec(block, at(lambda i, c, b: (*(0 for _ in slabs), b, i, 0)))
+
     def specs(tree):
         if isinstance(tree, _Given):
             return _Given(*(time_major,) * len(tree))
-        return jax.tree.map(lambda u: pl.BlockSpec((None, heads, u.shape[2]), at(lambda i, c, b: (b, i, 0))), tree)
+        return jax.tree.map(head_major, tree)
 
     return pl.pallas_call(
         given_chunk(kernel, h // heads, tiling=tiling),

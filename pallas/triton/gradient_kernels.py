@@ -230,7 +230,7 @@ def _of_rows(tiling: Tiling, ref, chunk, *rest):
 
 
 class ProjectionGradients(NamedTuple):
-    """What the kernel of one slab of the projections writes: its channels of all; N programs per group.
+    """What the kernel of the projections writes: of all the channels of its slabs; N programs per group.
 
     B and C, and their biases, lie in one array. Sums over the tokens of a chunk (biases) and over blocks of heads are
     finished outside.
@@ -238,14 +238,15 @@ class ProjectionGradients(NamedTuple):
 
     projections: jax.Array  # (2, N, rows, t r, g, n) float32
     biases: jax.Array  # (2, rows, m, h, r, n) float32
-    clock: jax.Array | None  # (b, h, t); None, like the next one, where the slab does not turn
+    clock: jax.Array | None  # (slabs, b, h, t); None, like the next one, where they do not turn
     omega: jax.Array | None  # (N g, rows, t, s)
 
 
 def projection_kernel(
-    chunk, ops: Operands, given: Given, earlier, out: ProjectionGradients, *, tiling: Tiling, slab, heads: int
+    chunk, ops: Operands, given: Given, earlier, out: ProjectionGradients, *, tiling: Tiling, slabs, heads: int
 ):
-    """One slab, for `heads` heads of one group."""
+    """One of the slabs, for `heads` heads of one group."""
+    slab = slabs[0].after(pl.program_id(0) % len(slabs)) if len(slabs) > 1 else slabs[0]
 
     def body(head, chunk, sums):
         one = at_head(ops, head), _at_head(given, head), _at_head(out, head)

@@ -125,6 +125,11 @@ class Slab(NamedTuple):
     def pairs(self):
         return pl.ds(self.pair, self.width // 2)
 
+    def after(self, k) -> "Slab":
+        """The k-th slab after this one, of its kind."""
+        pair = None if self.pair is None else self.pair + k * (self.width // 2)
+        return Slab(self.start + k * self.width, self.width, pair)
+
 
 # Per slab, as wide tensors in registers are what runs out first; 64 is the least that a Hopper matrix product of state
 # rows takes.
