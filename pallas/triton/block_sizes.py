@@ -36,9 +36,10 @@ forward 0.93, forward + backward 4.02). The kernels alone, without what api.py p
     updates the state in place, in float32: the same bits in 0.71 to 0.77 against 0.60, at n=64 0.60 against 0.53,
     MIMO 2.9 to 3.2 against 2.85, the counter read first or last, the state written before or after the outputs.
 
-    Of the last round in the table, kernels alone: outputs 0.38 if the chunk's number comes from memory, 0.47 if from the grid, the
-    instructions being the same but for that load (n=64: 0.32 and 0.33); not understood. In the gradients of the outputs
-    it makes no difference, nor does reading the entries first (n=64: 0.68 against 0.72; MIMO 3.78 against 3.71).
+    Of the last round in the table, kernels alone: outputs 0.38 if the chunk's number comes from memory, 0.47 if
+    from the grid, the instructions being the same but for that load (n=64: 0.32 and 0.33); not understood. In the
+    gradients of the outputs it makes no difference, nor does reading the entries first (n=64: 0.68 against 0.72;
+    MIMO 3.78 against 3.71).
     one program of outputs through two chunks, the states written of every other one (a quarter fewer bytes): 0.57 for
     two unrolled, 0.86 to 0.91 in loops that fetch ahead (130 spills); MIMO 2.5 for two, 3.6 to 5.3 for four
     states as (p, n): states 0.24 against 0.22, adjoints twice as long; at n=64 states 0.18 against 0.20, MIMO's 0.62
