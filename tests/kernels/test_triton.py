@@ -36,7 +36,8 @@ SIZES = dict(p=16, n=32, s=8)
 VARIANTS = {
     "siso packed": (dict(packed=True), 16, 2),
     "siso groups rope1": (dict(g=2, h=4, b=1, s=16), 32, 2),
-    "siso no rotation, no D, no gate, 6 heads": (dict(rotation="none", bare=True, gate=False, h=6, b=1), 16, 1),
+    "siso no rotation, no D, no gate": (dict(rotation="none", bare=True, gate=False), 16, 1),
+    "siso 6 heads": (dict(h=6, b=1, bare=True), 16, 1),
     "mimo rank 2 packed": (dict(r=2, mimo=True, packed=True, gate=False, s=16), 16, 1),
     "mimo rank 4, ranks kept": (dict(r=4, mimo=True, reduce=False, b=1), 32, 3),
     "mimo rank 8 groups": (dict(r=8, mimo=True, g=2, b=1, lam=EULER, s=16), 16, 1),
