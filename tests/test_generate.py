@@ -37,10 +37,15 @@ N = 12
 def without_compilation_cache():
     """Three whole runs in a row lost a worker here, in jaxlib 0.12.0's writing of an executable to the cache; these
     tests take as long without it."""
-    jax.config.update("jax_enable_compilation_cache", False)
-    compilation_cache.reset_cache()
+    enabled = jax.config.jax_enable_compilation_cache
+    _cache(False)
     yield
-    jax.config.update("jax_enable_compilation_cache", True)
+    _cache(enabled)
+
+
+def _cache(enabled: bool):
+    jax.config.update("jax_enable_compilation_cache", enabled)
+    # Whether there is one is asked once, and again after this.
     compilation_cache.reset_cache()
 
 

@@ -1,6 +1,6 @@
 """From the operator's prepared inputs to the GPU kernels of pallas/triton, and back to its output and state.
 
-What the kernels read instead of making it is in prepass.py.
+The angles and weights that they start from are in prepass.py.
 """
 
 import jax

@@ -1,5 +1,6 @@
 """The backward pass, from the inputs alone.
 
+    coefficients  made as in the forward pass, and at the end their gradients handed on to what they were made of
     states        h, that every chunk starts from, as in the forward pass
     adjoints      dS <- through dS + sum_i entry_i q_i g_i^T, from chunk to chunk in reverse     (as forward's states)
     outputs       every chunk by itself: g, P and M for the kernels below; dz, dD, dentry, dcs, dscale, dgamma
@@ -46,7 +47,7 @@ def _exit_adjoints(ops: Operands, dy, dlast, first: int, tiling: Tiling, segment
 
 class _Grid(NamedTuple):
     """`slabs` of the state x blocks of heads x chunks x `rows` rows of the batch from `first` on, and the BlockSpecs of
-    what lies on it. Slabs are innermost: what they all read comes from the cache.
+    what lies on it. Slabs are innermost, so that what they all read can come from the cache.
 
     An array holds these rows, or more: those of the serial kernels, or the whole batch. Each length divides the next,
     so that the grid's rows begin at `first % length` of an array.
@@ -197,7 +198,7 @@ def _call_projection_gradients(
 ) -> ProjectionGradients:
     """Of slabs of one width, that all turn or do not."""
     grid = grid._replace(slabs=len(slabs))
-    (b, t, h, _), (g, n) = grid.ops.x.shape, grid.ops.B.shape[2:]
+    (batch, t, h, _), (g, n) = grid.ops.x.shape, grid.ops.B.shape[2:]
     r, s, N, w = grid.tiling.r, grid.tiling.s, grid.per_group, slabs[0].width
 
     def out(shape, block, index, length=None):
@@ -217,7 +218,7 @@ def _call_projection_gradients(
     )
     clock = omega = None
     if slabs[0].pair is not None:
-        clock = out((len(slabs), b, h, t), (None, None, grid.heads, t), lambda k, i, c, b: (k, b, i, 0), b)
+        clock = out((len(slabs), batch, h, t), (None, None, grid.heads, t), lambda k, i, c, b: (k, b, i, 0), batch)
         omega = out((N * g, grid.rows, t, s), (None, None, t, w // 2), lambda k, i, c, b: (i, b, 0, place + k))
     out = ProjectionGradients(projections, biases, clock, omega)
     kernel = functools.partial(kernels.projection_kernel, slabs=slabs)
@@ -250,6 +251,8 @@ def backward(
     One part of the batch after the other, so that what kernels hand each other takes the memory of a part: as many rows
     as keep the GPU busy (WAVES), and of the serial kernels as fill it.
     """
+    # Without it XLA could keep the forward pass's coefficients, which are the same, until dy is there.
+    args, dy = lax.optimization_barrier((args, dy))
     ops = coefficients.operands(args, tiling)
     b, t, h, _ = ops.x.shape
     chunks, of_heads = t // tiling.c, _Grid(ops, 0, b, tiling, blocks).blocks_of_heads
@@ -258,7 +261,7 @@ def backward(
     whole, sums = None, []
     states = []
     for first in range(0, b, at_once):
-        # Waits for the part before, whose memory it takes over, and the first for dy: XLA would begin all at once.
+        # Waits for the part before, whose memory it takes over: XLA would begin all at once.
         whole, sums, dy, h0 = lax.optimization_barrier((whole, sums, dy, h0))
         if first % serial == 0:
             mine = slice(first, first + serial)
@@ -332,7 +335,7 @@ def rows_at_once(b: int, programs_per_row: int, programs: int, multiple_of: int 
 
 
 def _gradients(grid: _Grid, given: Given, earlier: _Whole | None) -> tuple[_Whole, _Sums]:
-    """Those of the grid's rows, written into what the parts before wrote; but for theta0."""
+    """Those of the grid's rows, written into what the parts before wrote; but for h0, theta0 and the coefficients."""
     dy, entries, exits = given.dy, given.entries, given.exits
     ops, tiling = grid.ops, grid.tiling
     outputs, values, clock = earlier or (None, None, None)

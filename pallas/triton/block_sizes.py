@@ -27,7 +27,7 @@ forward 0.93, forward + backward 4.02). The kernels alone, without what api.py p
 
     Since then, compiled for an H100 but not yet timed: the coefficients and their gradients are made by a kernel each,
     what turns receive from later chunks is added by the projections' kernel, and slabs that turn share a launch, so
-    that the second finds in the cache what the first read. 30 launches instead of 42 forward and backward, 1.78 GB
+    that the second can find in the cache what the first read. 30 launches instead of 41 forward and backward, 1.78 GB
     instead of 1.80, spills as before. What that is about, by the profiler: of 0.67 ms forward 0.077 were XLA's, in 17
     launches (0.027 the angles, which it still makes); of 3.58 forward and backward 0.38: 0.095 in front, 0.14 to read
     off the states what turns receive (0.10 of it reading), 0.085 to hand that to clock and omega, 0.03 the decays'

@@ -4,8 +4,8 @@ For every chunk of c tokens, with cs the inclusive cumulative sum of the log dec
 
     entry_i = exp(cs_i)    exit_j = exp(cs_c - cs_j) scale_j    through = exp(cs_c)
 
-each (b, h, t), or one a chunk, from arrays (b, t, h). mamba3_jax/ops/prepass.py is the same in plain JAX, which is a
-dozen small kernels.
+each (b, h, t), or one a chunk, from arrays (b, t, h). `decays` of mamba3_jax/ops/prepass.py is the same in plain JAX,
+which a GPU runs as a dozen small kernels.
 """
 
 import functools
@@ -19,8 +19,10 @@ from pallas.triton import ptx, tiles
 from pallas.triton.operands import Arguments, Operands, at_heads, given_chunk
 from pallas.triton.tiles import Tiling
 
-# Tiles of c x HEADS numbers; the log decay's coarse part is a multiple of GRAIN, whose sums are exact.
-HEADS, GRAIN = 32, 1 / 8
+# Most heads of a program.
+HEADS = 32
+# The log decay's coarse part is a multiple of it, whose sums are exact, as in mamba3_jax/ops/chunked.py.
+GRAIN = 1 / 8
 
 
 class _Given(NamedTuple):
@@ -102,27 +104,6 @@ def _gradient_kernel(chunk, made: _Made, received: Received, given: _Given, *, t
     given.clock[tokens] = sum((received.clock[k, :, tokens] for k in range(slabs)), jnp.zeros_like(dexit)).T
 
 
-def operands(args: Arguments, tiling: Tiling) -> Operands:
-    """What the kernels read."""
-    b, t, h = args.clock.shape
-    tokens = jax.ShapeDtypeStruct((b, h, t), jnp.float32)
-    chunks = jax.ShapeDtypeStruct((b, h, t // tiling.c), jnp.float32)
-    made = _Made(*(tokens,) * len(_Made._fields))._replace(through=chunks)
-    if not tiling.precise:
-        made = made._replace(fine=None)
-    made = _call(_kernel, "ssm_coefficients", [_of(args, _Given)], made, args.clock.shape, tiling)
-    rest = {name: getattr(args, name) for name in args._fields if name not in _Given._fields}
-    return Operands(**rest, **made._asdict())
-
-
-def gradients(ops: Operands, received: Received, tiling: Tiling) -> dict[str, jax.Array]:
-    """Of the fields of `Arguments` that were made into others, by name."""
-    b, h, t = ops.clock.shape
-    given = _Given(*(jax.ShapeDtypeStruct((b, t, h), jnp.float32),) * len(_Given._fields))
-    inputs = [_of(ops, _Made), received]
-    return _call(_gradient_kernel, "ssm_coefficient_gradients", inputs, given, (b, t, h), tiling)._asdict()
-
-
 def _of(fields, kind):
     return kind(*(getattr(fields, name) for name in kind._fields))
 
@@ -130,7 +111,7 @@ def _of(fields, kind):
 def _call(kernel, name: str, inputs: list, out, shape: tuple[int, int, int], tiling: Tiling):
     """`kernel` for every chunk, row and block of heads."""
     b, t, h = shape
-    # A power of two, as every size of a tile.
+    # A power of two, as every size of a tile: one of an odd number, whose loads are then scattered.
     heads = min(HEADS, h & -h)
     at = functools.partial(at_heads, h // heads)
     time_major = pl.BlockSpec((None, t, heads), at(lambda i, c, b: (b, 0, i)))
@@ -155,3 +136,24 @@ def _call(kernel, name: str, inputs: list, out, shape: tuple[int, int, int], til
         interpret=tiling.interpret,
         name=name,
     )(*inputs)[0]
+
+
+def operands(args: Arguments, tiling: Tiling) -> Operands:
+    """What the kernels read."""
+    b, t, h = args.clock.shape
+    tokens = jax.ShapeDtypeStruct((b, h, t), jnp.float32)
+    chunks = jax.ShapeDtypeStruct((b, h, t // tiling.c), jnp.float32)
+    made = _Made(*(tokens,) * len(_Made._fields))._replace(through=chunks)
+    if not tiling.precise:
+        made = made._replace(fine=None)
+    made = _call(_kernel, "ssm_coefficients", [_of(args, _Given)], made, args.clock.shape, tiling)
+    rest = {name: getattr(args, name) for name in args._fields if name not in _Given._fields}
+    return Operands(**rest, **made._asdict())
+
+
+def gradients(ops: Operands, received: Received, tiling: Tiling) -> dict[str, jax.Array]:
+    """Of the fields of `Arguments` that were made into others, by name."""
+    b, h, t = ops.clock.shape
+    given = _Given(*(jax.ShapeDtypeStruct((b, t, h), jnp.float32),) * len(_Given._fields))
+    inputs = [_of(ops, _Made), received]
+    return _call(_gradient_kernel, "ssm_coefficient_gradients", inputs, given, (b, t, h), tiling)._asdict()

@@ -1,11 +1,11 @@
-"""The forward pass in two kernels: states from chunk to chunk, then every chunk's output by itself.
+"""The forward pass after the coefficients: states from chunk to chunk, then every chunk's output by itself.
 
     states   h <- through h + sum_j exit_j k_j v_j^T                             one program per row, head and segment
     outputs  o_i = entry_i q_i h + sum_j W_ij (q_i . k_j) v_j,  y = (o + D v) silu(z)    one per chunk and head
 
-Sections 3.1.3 and 3.3 of arXiv:2603.15569; entry, exit and through in operands.py, W in tiles.py. One fused pass would
-move fewer bytes and is bound by the latency of its serial chain; here only the cheap pass is serial. Where batch x
-heads leave the GPU empty, time is cut into segments: a pass from zero finds what each segment adds, a short scan
+Sections 3.1.3 and 3.3 of arXiv:2603.15569; entry, exit and through in coefficients.py, W in tiles.py. One fused pass
+would move fewer bytes and is bound by the latency of its serial chain; here only the cheap pass is serial. Where batch
+x heads leave the GPU empty, time is cut into segments: a pass from zero finds what each segment adds, a short scan
 gives each its initial state, and a second pass starts from it. The backward pass (backward.py) makes the same states
 again.
 """

@@ -12,8 +12,8 @@ W Y with D added on its diagonal:
     dtheta = q x dq + k x dk per turning pair, whose reverse cumulative sum is what each token's turn receives
 
 dB, dC and domega are summed over a program's heads in a fixed order, and over programs outside. What the coefficients
-receive is handed on by the derivative of plain jnp (operands.py); what a turn receives from later chunks is read off
-the states (backward.py, `_turned`).
+receive is handed on by a kernel of coefficients.py; what a turn receives from later chunks is read off the states
+(backward.py, `_turned`).
 """
 
 from typing import NamedTuple

@@ -5,9 +5,9 @@
     W_ij   = exp(cs_i - cs_j) scale_j for i later than j,  gamma_i for the same token,  0 otherwise
 
 All of it is section 3 of arXiv:2603.15569 with the letters of mamba3_jax/ops/api.py; `cs` is the inclusive cumulative
-sum of the log decay inside the tile. What depends on it alone is made outside (operands.py): a vector that is loaded
-where it is used costs less than one handed from one layout of registers to the next. The state axis is in kernel order,
-pairs side by side, so that a rotation stays inside a thread, and is worked on in slabs of at most 64 channels.
+sum of the log decay inside the tile. What depends on it alone is made outside (coefficients.py): a vector that is
+loaded where it is used costs less than one handed from one layout of registers to the next. The state axis is in kernel
+order, pairs side by side, so that a rotation stays inside a thread, and is worked on in slabs of at most 64 channels.
 """
 
 import dataclasses

@@ -161,7 +161,7 @@ def test_gradients_of_a_few_rows_after_those_of_others(kwargs, segments, program
 
 
 def test_states_of_chunks_are_not_kept_for_the_backward_pass():
-    """Nothing is kept that holds a state for each chunk; the parts of the batch wait for one another."""
+    """Nothing is kept that holds a state for each chunk; coefficients are made anew; parts wait for one another."""
     args = arguments(64, b=4)
     arrays, static = split_static(args)
     with interpreted(rows=16, programs=4):
@@ -170,8 +170,8 @@ def test_states_of_chunks_are_not_kept_for_the_backward_pass():
         text = jax.jit(jax.grad(loss, has_aux=True)).lower(arrays).as_text()
     n, p = args["B"].shape[-1], args["x"].shape[-1]
     assert kept and not [u.shape for u in kept if u.ndim == 5 and {n, p} <= set(u.shape[-2:])]
-    # One is in `enter`, and its transpose.
-    assert text.count("optimization_barrier") >= 4
+    # In `enter` and its transpose, before the coefficients, and two in each of the four parts.
+    assert text.count("optimization_barrier") == 2 + 1 + 2 * 4
 
 
 def test_block_sizes_fit_the_gpu():
