@@ -15,6 +15,7 @@ _compiled = tempfile.TemporaryDirectory(prefix="compiled-", ignore_cleanup_error
 os.environ |= {"JAX_COMPILATION_CACHE_DIR": _compiled.name, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.05"}
 
 import jax  # noqa: E402  (after XLA_FLAGS)
+import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # More devices than the sweeps of the tests have runs, so that what is spread over devices is spread here too.
@@ -24,6 +25,14 @@ assert jax.device_count() == 4 or jax.default_backend() != "cpu"
 if jax.default_backend() == "gpu":
     # What the kernels are compared with in float32 is float32 throughout: a GPU's default is TF32.
     jax.config.update("jax_default_matmul_precision", "highest")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def release_programs():
+    """A compiled program on a CPU takes several of the memory maps of its process, 65530 by Linux's default. Those of
+    tests/test_generate.py alone are 10,000, and in whole runs XLA ended a worker there by a segmentation fault."""
+    yield
+    jax.clear_caches()
 
 
 def pytest_unconfigure():

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.experimental.compilation_cache import compilation_cache
 
 from mamba3_jax.inference import Generated, Sampling, Stream, decoding, generate, prefill
 from mamba3_jax.inference.decoding import _decode
@@ -31,22 +30,6 @@ CONFIGS = {
 GREEDY = Sampling(temperature=0)
 DRAWN = Sampling(temperature=1.5, top_p=0.95, repetition_penalty=1.1)
 N = 12
-
-
-@pytest.fixture(autouse=True, scope="module")
-def without_compilation_cache():
-    """Three whole runs in a row lost a worker here, in jaxlib 0.12.0's writing of an executable to the cache; these
-    tests take as long without it."""
-    enabled = jax.config.jax_enable_compilation_cache
-    _cache(False)
-    yield
-    _cache(enabled)
-
-
-def _cache(enabled: bool):
-    jax.config.update("jax_enable_compilation_cache", enabled)
-    # Whether there is one is asked once, and again after this.
-    compilation_cache.reset_cache()
 
 
 @functools.cache
