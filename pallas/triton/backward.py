@@ -2,10 +2,10 @@
 
     coefficients  made as in the forward pass, and at the end their gradients handed on to what they were made of
     states        h, that every chunk starts from, as in the forward pass
-    adjoints      dS <- through dS + sum_i entry_i q_i g_i^T, from chunk to chunk in reverse     (as forward's states)
     outputs       every chunk by itself: g, P and M for the kernels below; dz, dD, dentry, dcs, dscale, dgamma
-    projections   every chunk and slab of the state by itself: dB, dC, their biases', and what the angles receive
-    values        every chunk by itself: dx, where g lay, dexit, dthrough
+    adjoints      dS <- through dS + sum_i entry_i q_i g_i^T, from chunk to chunk in reverse     (as forward's states)
+    projections   every chunk and slab of the state by itself: dB, dC, their biases', what the angles receive, dthrough
+    values        every chunk by itself: dx, where g lay, dexit
 
 What each computes is in gradient_kernels.py. The batch is gone through in parts, whose kernels write into arrays of the
 whole batch.
@@ -25,23 +25,23 @@ from pallas.triton import coefficients, tiles
 from pallas.triton import gradient_kernels as kernels
 from pallas.triton.block_sizes import BlockSizes
 from pallas.triton.coefficients import Received
-from pallas.triton.forward import call_serial, entry_states, scan_segments
+from pallas.triton.forward import call_serial, entry_states, from_zero, scan_segments, through_segments
 from pallas.triton.gradient_kernels import Given, OutputGradients, ProjectionGradients, ValueGradients
 from pallas.triton.operands import Arguments, Operands, at_heads, given_chunk, heads_per_program, specs
 from pallas.triton.tiles import Tiling
 
 
-def _exit_adjoints(ops: Operands, dy, dlast, first: int, tiling: Tiling, segments: int, blocks: BlockSizes):
+def _exit_adjoints(ops: Operands, g, dlast, first: int, tiling: Tiling, segments: int, blocks: BlockSizes):
     """Adjoints of every chunk's state on exit (b, h, chunks, n, p) in the dtype of x, and that of h0 in float32, of the
     rows from `first` on that dlast has."""
     how = dict(tiling=tiling, blocks=blocks, first=first)
-    call = functools.partial(call_serial, kernels.adjoint_kernel, "ssm_adjoints", ops, (dy,), **how)
+    call = functools.partial(call_serial, kernels.adjoint_kernel, "ssm_adjoints", ops, (g,), **how)
     ends = dlast[:, :, None]
     if segments > 1:
-        from_zero = jnp.zeros((*dlast.shape[:2], segments, *dlast.shape[2:]), jnp.float32)
-        _, starts, through = call(from_zero, keep=False)
+        starts, _ = call(from_zero(dlast, segments), keep=False)
+        through = through_segments(ops, first, starts)
         ends = jnp.flip(scan_segments(dlast, jnp.flip(starts, 2), jnp.flip(through, 2)), 2)
-    exits, starts, _ = call(ends, keep=True)
+    starts, exits = call(ends, keep=True)
     return exits, starts[:, :, 0]
 
 
@@ -49,8 +49,7 @@ class _Grid(NamedTuple):
     """`slabs` of the state x blocks of heads x chunks x `rows` rows of the batch from `first` on, and the BlockSpecs of
     what lies on it. Slabs are innermost, so that what they all read can come from the cache.
 
-    An array holds these rows, or more: those of the serial kernels, or the whole batch. Each length divides the next,
-    so that the grid's rows begin at `first % length` of an array.
+    An array holds these rows, or the whole batch: the grid's begin at `first % length` of it.
     """
 
     ops: Operands
@@ -189,7 +188,7 @@ def _call_output_gradients(grid: _Grid, given: Given, earlier: OutputGradients |
 
 def _call_value_gradients(grid: _Grid, given: Given, earlier: ValueGradients) -> ValueGradients:
     mimo_x = grid.per_chunk(grid.ops.mimo_x, grid.tiling.r, grid.tiling.p)
-    out = ValueGradients(grid.sequence(grid.ops.x), mimo_x, grid.coefficient(), grid.coefficient(grid.chunks))
+    out = ValueGradients(grid.sequence(grid.ops.x), mimo_x, grid.coefficient())
     return grid.call(kernels.per_head, "ssm_value_gradients", given, out, earlier, of_head=kernels.value_gradients)
 
 
@@ -216,11 +215,18 @@ def _call_projection_gradients(
         (2, None, grid.chunks, grid.heads, r, w),
         lambda k, i, c, b: (0, b, 0, i, 0, place + k),
     )
+    every = tiles.slabs(grid.tiling, grid.blocks.turning_slab)
+
+    def of_heads(slabs: int, first: int, length: int):
+        block, shape = (None, None, grid.heads, length), (slabs, batch, h, length)
+        return out(shape, block, lambda k, i, c, b: (first + k, b, i, 0), batch)
+
+    through = of_heads(len(every), every.index(slabs[0]), grid.chunks)
     clock = omega = None
     if slabs[0].pair is not None:
-        clock = out((len(slabs), batch, h, t), (None, None, grid.heads, t), lambda k, i, c, b: (k, b, i, 0), batch)
+        clock = of_heads(len(slabs), 0, t)
         omega = out((N * g, grid.rows, t, s), (None, None, t, w // 2), lambda k, i, c, b: (i, b, 0, place + k))
-    out = ProjectionGradients(projections, biases, clock, omega)
+    out = ProjectionGradients(projections, biases, through, clock, omega)
     kernel = functools.partial(kernels.projection_kernel, slabs=slabs)
     return grid.call(kernel, "ssm_projection_gradients", given, out, earlier)
 
@@ -248,39 +254,33 @@ def backward(
 ) -> tuple[Arguments, jax.Array]:
     """Gradients of the arguments and of h0, from those of y and of the last state.
 
-    One part of the batch after the other, so that what kernels hand each other takes the memory of a part: as many rows
-    as keep the GPU busy (WAVES), and of the serial kernels as fill it.
+    One part of the batch after the other, so that what kernels hand each other takes the memory of a part: as few rows
+    as fill the GPU with programs of the serial kernels, and WAVES times with those of the others.
     """
     # Without it XLA could keep the forward pass's coefficients, which are the same, until dy is there.
     args, dy = lax.optimization_barrier((args, dy))
     ops = coefficients.operands(args, tiling)
     b, t, h, _ = ops.x.shape
-    chunks, of_heads = t // tiling.c, _Grid(ops, 0, b, tiling, blocks).blocks_of_heads
-    at_once = rows_at_once(b, of_heads * chunks, WAVES * blocks.programs)
-    serial = rows_at_once(b, h * segments, blocks.programs, at_once)
-    whole, sums = None, []
-    states = []
+    of_chunks = _Grid(ops, 0, b, tiling, blocks).blocks_of_heads * (t // tiling.c)
+    at_once = rows_at_once(b, min(of_chunks // WAVES, h * segments), blocks.programs)
+    whole, parts = None, []
     for first in range(0, b, at_once):
         # Waits for the part before, whose memory it takes over: XLA would begin all at once.
-        whole, sums, dy, h0 = lax.optimization_barrier((whole, sums, dy, h0))
-        if first % serial == 0:
-            mine = slice(first, first + serial)
-            entries, _ = entry_states(ops, h0[mine], tiling, segments, blocks, first)
-            exits, dh0 = _exit_adjoints(ops, dy, dlast[mine], first, tiling, segments, blocks)
-            later = angle = None
-            if tiling.s:
-                later, angle = _turned(entries, exits, h0[mine], last[mine], dh0, dlast[mine], tiling)
-            states.append((dh0, angle))
-        given = Given(dy=dy, entries=entries, exits=exits, later=later)
-        whole, own = _gradients(_Grid(ops, first, at_once, tiling, blocks), given, whole)
-        sums.append(own)
-    dh0, angle = jax.tree.map(lambda *parts: jnp.concatenate(parts), *states)
-    parts = _Sums(*zip(*sums))
+        whole, parts, dy, h0 = lax.optimization_barrier((whole, parts, dy, h0))
+        mine = slice(first, first + at_once)
+        grid = _Grid(ops, first, at_once, tiling, blocks)
+        whole, own = _gradients(grid, dy, h0[mine], last[mine], dlast[mine], segments, whole)
+        parts.append(own)
+    parts = _OfPart(*zip(*parts))
     projections, biases = jnp.concatenate(parts.projections, 1), sum(parts.biases)
     mimo_x, mimo_z, mimo_o = (None if u[0] is None else sum(u) for u in (parts.mimo_x, parts.mimo_z, parts.mimo_o))
-    outputs, values, clock = whole
+    dh0 = jnp.concatenate(parts.dh0)
+    outputs, values, of_slabs = whole
     received = Received(
-        outputs.cs, outputs.entry, values.exit, values.through, outputs.scale, outputs.gamma, clock
+        **{name: getattr(outputs, name) for name in ("cs", "entry", "scale", "gamma")},
+        exit=values.exit,
+        through=of_slabs.through,
+        clock=of_slabs.clock,
     )
     grads = Arguments(
         x=values.x,
@@ -295,7 +295,7 @@ def backward(
         mimo_o=mimo_o,
         **coefficients.gradients(ops, received, tiling),
         omega=jnp.concatenate(parts.omega) if tiling.s else None,
-        theta0=jnp.zeros_like(ops.theta0).at[:, 0].set(angle) if tiling.s else None,
+        theta0=jnp.zeros_like(ops.theta0).at[:, 0].set(jnp.concatenate(parts.angle)) if tiling.s else None,
         segment_ids=None,
     )
     like = args._replace(segment_ids=None)
@@ -307,12 +307,14 @@ class _Whole(NamedTuple):
 
     outputs: OutputGradients
     values: ValueGradients
-    clock: jax.Array | None
+    of_slabs: ProjectionGradients
 
 
-class _Sums(NamedTuple):
-    """Of one part, summed over its programs."""
+class _OfPart(NamedTuple):
+    """Of one part: of its rows, and summed over its programs."""
 
+    dh0: jax.Array  # (rows, h, n, p)
+    angle: jax.Array | None  # (rows, h, s), of before the first chunk
     projections: jax.Array  # (2, rows, t r, g, n)
     omega: jax.Array | None  # (rows, t, s)
     biases: jax.Array  # (2, h, r, n)
@@ -324,48 +326,55 @@ class _Sums(NamedTuple):
 # Each has kernels of its own to compile.
 MOST_PARTS = 4
 # A part has at least so many programs for each that the GPU runs at once. At block_sizes.py's shape four parts with one
-# each took 4.2 ms where the whole takes 3.85, forward and backward; MIMO's, which have four there, 3% more.
+# each took 4.2 ms where the whole took 3.85, forward and backward, on an earlier form of the kernels.
 WAVES = 4
 
 
-def rows_at_once(b: int, programs_per_row: int, programs: int, multiple_of: int = 1) -> int:
+def rows_at_once(b: int, programs_per_row: int, programs: int) -> int:
     """The fewest rows that make `programs` programs and divide a batch of b, in at most MOST_PARTS; b, if none do."""
-    parts = (rows for rows in range(multiple_of, b, multiple_of) if b % rows == 0 and b // rows <= MOST_PARTS)
+    parts = (rows for rows in range(1, b) if b % rows == 0 and b // rows <= MOST_PARTS)
     return next((rows for rows in parts if rows * programs_per_row >= programs), b)
 
 
-def _gradients(grid: _Grid, given: Given, earlier: _Whole | None) -> tuple[_Whole, _Sums]:
-    """Those of the grid's rows, written into what the parts before wrote; but for h0, theta0 and the coefficients."""
-    dy, entries, exits = given.dy, given.entries, given.exits
-    ops, tiling = grid.ops, grid.tiling
-    outputs, values, clock = earlier or (None, None, None)
+def _gradients(grid: _Grid, dy, h0, last, dlast, segments: int, earlier: _Whole | None) -> tuple[_Whole, _OfPart]:
+    """Those of the grid's rows, which h0, last and dlast have, written into what the parts before wrote; but for theta0
+    and the coefficients."""
+    ops, tiling, blocks = grid.ops, grid.tiling, grid.blocks
+    entries, _ = entry_states(ops, h0, tiling, segments, blocks, grid.first)
+    outputs, values, of_slabs = earlier or (None, None, ProjectionGradients(*(None,) * 5))
     # g is written where dx will be.
     in_place = tiling.r == 1 and grid.gated
     onto = None if outputs is None else outputs._replace(g=values.x if in_place else None)
     outputs = _call_output_gradients(grid, Given(dy=dy, entries=entries), onto)
     g = dy if outputs.g is None else outputs.g
+    exits, dh0 = _exit_adjoints(ops, g, dlast, grid.first, tiling, segments, blocks)
+    later = angle = None
+    if tiling.s:
+        later, angle = _turned(entries, exits, h0, last, dh0, dlast, tiling)
 
-    given, parts = given._replace(dy=None, g=g, M=outputs.M), ProjectionGradients(None, None, clock, None)
-    for _, slabs in itertools.groupby(tiles.slabs(tiling, grid.blocks.turning_slab), lambda slab: slab.pair is None):
-        own = _call_projection_gradients(grid, given, list(slabs), parts)
-        parts = jax.tree.map(lambda old, new: old if new is None else new, parts, own, is_leaf=lambda u: u is None)
+    given = Given(g=g, M=outputs.M, entries=entries, exits=exits, later=later)
+    for _, slabs in itertools.groupby(tiles.slabs(tiling, blocks.turning_slab), lambda slab: slab.pair is None):
+        own = _call_projection_gradients(grid, given, list(slabs), of_slabs)
+        of_slabs = ProjectionGradients(*(old if new is None else new for old, new in zip(of_slabs, own)))
 
     # After all that read g.
-    parts, g = lax.optimization_barrier((parts, g))
-    values = (values or ValueGradients(*(None,) * 4))._replace(mimo_x=None)
+    of_slabs, g = lax.optimization_barrier((of_slabs, g))
+    values = (values or ValueGradients(*(None,) * 3))._replace(mimo_x=None)
     if in_place:
         values = values._replace(x=g)
-    values = _call_value_gradients(grid, Given(g=g, P=outputs.P, entries=entries, exits=exits), values)
+    values = _call_value_gradients(grid, Given(g=g, P=outputs.P, exits=exits), values)
 
     def over(array, *axes):
         return None if array is None else jnp.sum(array, axes)
 
-    dtype = jnp.result_type(ops.B, ops.C)
-    sums = _Sums(
-        over(parts.projections, 1).astype(dtype),
-        over(parts.omega, 0),
-        over(parts.biases, 1, 2),
+    of_part = _OfPart(
+        dh0,
+        angle,
+        over(of_slabs.projections, 1).astype(jnp.result_type(ops.B, ops.C)),
+        over(of_slabs.omega, 0),
+        over(of_slabs.biases, 1, 2),
         *(over(u, 0, 1) for u in (values.mimo_x, outputs.mimo_z, outputs.mimo_o)),
     )
     outputs = outputs._replace(P=None, M=None, g=None, mimo_z=None, mimo_o=None)
-    return _Whole(outputs, values._replace(mimo_x=None), parts.clock), sums
+    of_slabs = of_slabs._replace(projections=None, biases=None, omega=None)
+    return _Whole(outputs, values._replace(mimo_x=None), of_slabs), of_part

@@ -25,13 +25,33 @@ forward 0.93, forward + backward 4.02). The kernels alone, without what api.py p
                  instead of 1.32. Chunk numbers of the other kernels off the grid, their outputs written into arrays of
                  the whole batch, g where dx will be: 70 launches instead of 121 in four parts, 41 in one
 
-    Since then, compiled for an H100 but not yet timed: the coefficients and their gradients are made by a kernel each,
-    what turns receive from later chunks is added by the projections' kernel, and slabs that turn share a launch, so
-    that the second can find in the cache what the first read. 30 launches instead of 41 forward and backward, 1.78 GB
-    instead of 1.80, spills as before. What that is about, by the profiler: of 0.67 ms forward 0.077 were XLA's, in 17
-    launches (0.027 the angles, which it still makes); of 3.58 forward and backward 0.38: 0.095 in front, 0.14 to read
-    off the states what turns receive (0.10 of it reading), 0.085 to hand that to clock and omega, 0.03 the decays'
-    gradients.
+    Of the row before this line XLA made 0.077 of 0.67 ms forward, in 17 launches, and 0.38 of 3.58 forward and backward
+    (by the profiler). Since then on one H200, in whole, where the official Triton kernels take 0.890 and 3.70:
+    0.647 3.47   coefficients and their gradients by a kernel each, what turns receive from later chunks added by the
+                 projections' kernel, slabs that turn in one launch: 30 launches instead of 42, XLA's 0.037 and 0.18
+                 (n=64 0.579 and 2.70; MIMO r=4 2.99 and 17.5; b=1 t=65536 3.46 and 15.5)
+    0.618 3.28   outputs: the state's share and the gate last, so that three programs fit a multiprocessor. Adjoints
+                 after the gradients of the outputs, whose g they read instead of dy and z. dthrough by the kernels of
+                 the projections, which have both states, instead of the values', which read 0.27 GB for it
+                 (0.527 and 2.59; 2.74 and 16.4, in two parts instead of four, 3.15 GB instead of 2.62; 3.38 and 15.0)
+    By kernel, before and after: outputs 0.356, 0.347 (n=64 0.312, 0.282; MIMO 1.93, 1.63), states 0.214, 0.216, twice,
+    adjoints 0.231, 0.214 (MIMO 1.09, 0.87), gradients of outputs 0.725, 0.726, of values 0.408, 0.271, of projections
+    0.937, 1.004, coefficients and theirs 0.045. What lost on that H200, kernels alone:
+    one slab of the state to a program of the serial kernels, three to a multiprocessor: predicted 0.14 for the states,
+    0.252 (two chunks ahead 0.292); n=64 no gain, MIMO 1.41 against 0.91: address arithmetic and x are paid for twice
+    dthrough and <dS, J h> by the adjoints, where dS is in registers: 0.45 to 0.48 against 0.23, of which XLA and the
+    values' kernel give back 0.20
+    dcs and dscale read off q.dq and k.dk of the projections (rule 5's algebra): outputs' gradients 0.633 against 0.725
+    (MIMO 3.29 against 3.85), the projections' 0.16 (0.49) slower, for k then lies in registers twice
+    dthrough by XLA: 0.12 for it, and the projections' 1.13 (nothing but the sum taken out); by the values' again 3.61
+    outputs in a loop over 2 or 4 heads without loads ahead, so that B and C come from the first cache: 0.54, 0.56 (255
+    registers); their gradients so 0.79, 0.81
+    values' gradients and the projections' without loads ahead: 0.35 against 0.27, 1.54 against 1.09
+    the outputs' gradients slab by slab: 0.649 against 0.633, n=64 0.599 against 0.655
+    decays after the products of the projections instead of on their factors: 150 instructions fewer, no time
+    MIMO, turning slabs of 32: the projections 6.8 against 5.6
+    So three programs instead of two gain 3% for the outputs, whose DRAM traffic alone (0.67 GB) an H200 moves in 0.16,
+    and whose instructions take 0.13: what they wait for is still not known.
     One pass, in which the program of each chunk waits for the one before it (a counter per head, by atomics) and
     updates the state in place, in float32: the same bits in 0.71 to 0.77 against 0.60, at n=64 0.60 against 0.53,
     MIMO 2.9 to 3.2 against 2.85, the counter read first or last, the state written before or after the outputs.
@@ -96,15 +116,17 @@ as at n=128 p=64 a RTX 4090 would need 135 at n=256, 125 at p=128 and has 101; a
 has 167; with 2 stages of serial loads and no others n=256 p=128 takes 100. MIMO r=4, forward and forward + backward
 with what XLA adds: 3.1 and 18.3 (before P and M 3.2 and 21.4; with loads fetched ahead 3.8, 32.4).
 
-Next: time the launches above. The outputs' kernel takes 182 registers, two programs to a multiprocessor; with z loaded
-where it is used, or the state's share made last, it takes 167, which is three. The gradients move 0.27 MB a tile of 64
-tokens, a third of it states: the sums over heads of the slabs that turn keep their kernels from being one (registers),
-and the outputs' gradients run at a third of what the schedulers could issue, two programs to a multiprocessor. Hopper's
-bulk copies need no registers for what is under way; Mosaic GPU has them. A row of 65536 tokens is not cut: its states,
-P and M are 3.2 of 7.2 GB; a few heads at a time would take less.
+Next: what the outputs wait for. A profiler's counters would tell (ncu with all its sections does not end in a minute of
+such a program: one section, one kernel). The gradients move 0.27 MB a tile of 64 tokens, a third of it states: the sums
+over heads of the slabs that turn keep their kernels from being one (registers), and the outputs' gradients run at a
+third of what the schedulers could issue, two programs to a multiprocessor. A column sum over a tile, of which the
+projections' gradients take two for the biases, is an eighth of their instructions. Hopper's bulk copies need no
+registers for what is under way; Mosaic GPU has them. A row of 65536 tokens is not cut: its states, P and M are 3.2 of
+7.2 GB; a few heads at a time would take less.
 
 Registers and spills need no GPU: compile for the topology of an H100 with the wheels of jax[cuda12], without
-libnvJitLink so that XLA calls ptxas, and ptxas with -v.
+libnvJitLink so that XLA calls ptxas, and ptxas with -v, but for the calls that ask its version. The shared memory of a
+kernel is in XLA's refusal where the topology has too little.
 """
 
 import dataclasses

@@ -48,9 +48,9 @@ class _Made(NamedTuple):
 
 
 class Received(NamedTuple):
-    """Gradients: of coarse and fine alike `cs`, the others of what they are named after, and of clock in parts.
+    """Gradients: of coarse and fine alike `cs`, the others of what they are named after.
 
-    clock is (slabs, b, h, t), or None where nothing turns.
+    Those of through and clock come in parts, (slabs, b, h, m or t); clock is None where nothing turns.
     """
 
     cs: jax.Array
@@ -95,7 +95,8 @@ def _gradient_kernel(chunk, made: _Made, received: Received, given: _Given, *, t
     dexit, weight = received.exit[:, tokens], _exp(tiling, rest)
     to_exit = dexit * made.exit[:, tokens]
     dcs = received.cs[:, tokens] + received.entry[:, tokens] * made.entry[:, tokens] - to_exit
-    after = jnp.sum(to_exit + dcs, axis=1) + received.through[:, chunk] * made.through[:, chunk]
+    through = sum(received.through[k, :, chunk] for k in range(received.through.shape[0]))
+    after = jnp.sum(to_exit + dcs, axis=1) + through * made.through[:, chunk]
     # The reverse cumulative sum, of which Triton has the forward one only.
     given.log_decay[tokens] = (after[:, None] - jnp.cumsum(dcs, axis=1) + dcs).T
     given.scale[tokens] = (received.scale[:, tokens] + dexit * weight).T

@@ -23,69 +23,58 @@ from pallas.triton.operands import Arguments, Operands, at_heads, given_chunk, s
 from pallas.triton.tiles import Tiling
 
 
-def _state_kernel(segment, ops: Operands, *refs, tiling: Tiling, chunks: int, ahead: bool):
-    """ops of one row and head; refs as in `walk`, with h0, entries and the last state."""
+def _state_kernel(segment, ops: Operands, _, *refs, tiling: Tiling, chunks: int, ahead: bool):
+    """ops of one row and head; refs as in `walk`, with h0, the last state and the entries."""
 
     def load(t0):
-        return tiles.load_slabs(tiling, ops.B, t0), tiling.of_token(ops.x, t0, slice(None))
+        return tiles.load_slabs(tiling, ops.B, t0), values(tiling, ops, t0)
 
-    def value(x, t0):
-        return of_ranks(tiling, ops, x)
-
-    first = segment * chunks
-    walk(tiling, ops, lambda i: first + i, chunks, load, value, ops.B_bias, ops.exit, refs, ahead)
+    walk(tiling, ops, lambda i: segment * chunks + i, chunks, load, ops.B_bias, ops.exit, refs, ahead)
 
 
-def walk(tiling: Tiling, ops: Operands, chunk_at, chunks: int, load, value, bias, weight, refs, ahead: bool) -> None:
+def walk(tiling: Tiling, ops: Operands, chunk_at, chunks: int, load, bias, weight, refs, ahead: bool) -> None:
     """From chunk to chunk of a segment: u <- through u + sum_i weight_i k_i value_i^T.
 
     Args:
         chunk_at: the i-th chunk on the way, i < chunks.
-        load: of a chunk's first token, B or C and what `value`, given it and that token, makes (rows, p) of.
+        load: of a chunk's first token, B or C, and the values (rows, p).
         bias, weight: of B or C, whose rotation k is, and of a token; from ops.
-        refs: the first u (n, p) in float32; what every chunk finds, (m, n, p) or None; the last u; the product of all
-            through, ().
+        refs: the first u (n, p) in float32; the last u; what every chunk finds, (m, n, p) or None.
         ahead: the next chunk is loaded while one is computed, because the compiler does not fetch ahead where each
             rank's row has an address of its own.
     """
-    start_ref, found_ref, end_ref, through_ref = refs
+    start_ref, end_ref, found_ref = refs
     slabs = tiles.slabs(tiling)
 
     def load_at(i):
         return load(chunk_at(i) * tiling.c)
 
-    def step(i, u, through, raw, values):
+    def step(i, u, raw, v):
         chunk = chunk_at(i)
         t0 = chunk * tiling.c
-        v = value(values, t0)
         if found_ref is not None:
             for slab, u_ in zip(slabs, u):
                 found_ref[chunk, slab.channels] = u_.astype(found_ref.dtype)
         k = tiles.project(tiling, raw, bias, tiles.turns(tiling, ops, chunk), ops.x.dtype)
         weighted = (v.astype(jnp.float32) * tiling.of_token(weight, t0)[:, None]).astype(ops.x.dtype)
         kept = ops.through[chunk]
-        return [u_ * kept + tiling.dot(k_, weighted, (0, 0)) for u_, k_ in zip(u, k)], through * kept
+        return [u_ * kept + tiling.dot(k_, weighted, (0, 0)) for u_, k_ in zip(u, k)]
 
-    def body(i, state):
-        carry, loaded = state
+    def body(i, carry):
+        u, loaded = carry
         if ahead:
-            return step(i, *carry, *loaded), load_at(jnp.minimum(i + 1, chunks - 1))
-        return step(i, *carry, *load_at(i)), None
+            return step(i, u, *loaded), load_at(jnp.minimum(i + 1, chunks - 1))
+        return step(i, u, *load_at(i)), None
 
-    start = [start_ref[slab.channels] for slab in slabs], jnp.float32(1)
-    (u, through), _ = lax.fori_loop(0, chunks, body, (start, load_at(0) if ahead else None))
+    start = [start_ref[slab.channels] for slab in slabs]
+    u, _ = lax.fori_loop(0, chunks, body, (start, load_at(0) if ahead else None))
     for slab, u_ in zip(slabs, u):
         end_ref[slab.channels] = u_
-    through_ref[...] = through
 
 
 def values(tiling: Tiling, ops: Operands, t0) -> jax.Array:
     """v, (rows, p) in the dtype of x."""
-    return of_ranks(tiling, ops, tiling.of_token(ops.x, t0, slice(None)))
-
-
-def of_ranks(tiling: Tiling, ops: Operands, x: jax.Array) -> jax.Array:
-    """v of a tile's x."""
+    x = tiling.of_token(ops.x, t0, slice(None))
     if ops.mimo_x is None:
         return x
     return (x.astype(jnp.float32) * tiling.of_rank(ops.mimo_x, slice(None))).astype(x.dtype)
@@ -102,17 +91,17 @@ def _output_kernel(chunk_ref, ops: Operands, entry_ref, y_ref, *, tiling: Tiling
     h = [entry_ref[slab.channels] for slab in slabs]
     B, C = tiles.load_slabs(tiling, ops.B, t0), tiles.load_slabs(tiling, ops.C, t0)
     v = values(tiling, ops, t0)
-    z = None if ops.z is None else tiling.of_token(ops.z, t0, slice(None))
     turns = tiles.turns(tiling, ops, chunk)
     q = tiles.project(tiling, C, ops.C_bias, turns, v.dtype)
-    entry = sum(tiling.dot(q_, h_) for h_, q_ in zip(h, q))
     k = tiles.project(tiling, B, ops.B_bias, turns, v.dtype)
     scores = sum(tiling.dot(q_, k_, (1, 1)) for q_, k_ in zip(q, k))
     W = tiles.weights(tiling, ops, t0, tiles.later(tiling, ops, t0))
     o = tiling.dot(tiles.weighted(tiling, ops, W, scores).astype(v.dtype), v)
+    # The state's share and the gate last: three programs then fit the registers of a multiprocessor, instead of two.
+    entry = sum(tiling.dot(q_, h_) for h_, q_ in zip(h, q))
     o = tiling.fma(tiling.of_token(ops.entry, t0)[:, None], entry, o)
-    if z is not None:
-        u = gate(tiling, ops, z)
+    if ops.z is not None:
+        u = gate(tiling, ops, tiling.of_token(ops.z, t0, slice(None)))
         o *= u * tiling.sigmoid(u)
     if ops.mimo_o is not None:
         y_ref[pl.ds(t0, tiling.c)] = tiling.per_token(o * tiling.of_rank(ops.mimo_o, slice(None))).astype(y_ref.dtype)
@@ -128,36 +117,42 @@ def gate(tiling: Tiling, ops: Operands, z) -> jax.Array:
 
 def call_serial(
     kernel, name: str, ops: Operands, sequences, start, tiling: Tiling, keep: bool, blocks: BlockSizes, first: int = 0
-):
+) -> tuple[jax.Array, jax.Array | None]:
     """A pass from chunk to chunk of every segment, forwards or backwards, as `kernel` walks.
 
-    From start (b, h, segments, n, p) and `sequences` like y: the states of all chunks or None, those where the segments
-    end, and what passes through each. Of a start for fewer rows than the batch has: of those from `first` on.
+    Args:
+        sequences: what the kernel reads besides, (batch or b, t or t r, h, p).
+        start: (b, h, segments, n, p), of the rows of the batch from `first` on.
+        keep: whether the states of all chunks are asked for.
+
+    Returns:
+        Where segments end, like start; and the states of all chunks (b, h, m, n, p) in the dtype of x, or None.
     """
     _, t, h, p = ops.x.shape
     b, _, segments = start.shape[:3]
     per_group, chunks = h // ops.B.shape[2], t // tiling.c
     at = functools.partial(at_heads, h)
+
+    def sequence(array):
+        return pl.BlockSpec((None, array.shape[1], None, p), at(lambda h, s, b: (first % len(array) + b, 0, h, 0)))
+
     segment = pl.BlockSpec((None, None, None, tiling.n, p), at(lambda h, s, b: (b, h, s, 0, 0)))
     whole = pl.BlockSpec((None, None, chunks, tiling.n, p), at(lambda h, s, b: (b, h, 0, 0, 0)))
     return pl.pallas_call(
         given_chunk(kernel, h, tiling=tiling, chunks=chunks // segments, ahead=tiling.r > 1),
         grid=(h * segments, b),
         in_specs=[
-            specs(ops, at(lambda h, s, b: (first + b, h, h // per_group))),
-            *(pl.BlockSpec((None, u.shape[1], None, p), at(lambda h, s, b: (first + b, 0, h, 0))) for u in sequences),
-            segment,
+            specs(ops, at(lambda h, s, b: (first + b, h, h // per_group))), tuple(map(sequence, sequences)), segment
         ],
-        out_specs=[whole if keep else None, segment, pl.BlockSpec((None, None, None), at(lambda h, s, b: (b, h, s)))],
+        out_specs=[segment, whole if keep else None],
         out_shape=[
-            jax.ShapeDtypeStruct((b, h, chunks, tiling.n, p), ops.x.dtype) if keep else None,
             jax.ShapeDtypeStruct(start.shape, jnp.float32),
-            jax.ShapeDtypeStruct((b, h, segments), jnp.float32),
+            jax.ShapeDtypeStruct((b, h, chunks, tiling.n, p), ops.x.dtype) if keep else None,
         ],
         compiler_params=tiles.compiler_params(blocks.num_warps, blocks.serial_stages),
         interpret=tiling.interpret,
         name=name,
-    )(ops, *sequences, start)
+    )(ops, sequences, start)  # fmt: skip
 
 
 def _call_outputs(ops: Operands, entries, tiling: Tiling, blocks: BlockSizes) -> jax.Array:
@@ -191,10 +186,20 @@ def entry_states(
     call = functools.partial(call_serial, _state_kernel, "ssm_states", ops, (), **how)
     starts = h0[:, :, None]
     if segments > 1:
-        _, ends, through = call(jnp.zeros((*h0.shape[:2], segments, *h0.shape[2:]), jnp.float32), keep=False)
-        starts = scan_segments(h0, ends, through)
-    entries, ends, _ = call(starts, keep=True)
+        ends, _ = call(from_zero(h0, segments), keep=False)
+        starts = scan_segments(h0, ends, through_segments(ops, first, ends))
+    ends, entries = call(starts, keep=True)
     return entries, ends[:, :, -1]
+
+
+def from_zero(h0, segments: int) -> jax.Array:
+    return jnp.zeros((*h0.shape[:2], segments, *h0.shape[2:]), jnp.float32)
+
+
+def through_segments(ops: Operands, first: int, ends) -> jax.Array:
+    """What each segment's end keeps of its start, (b, h, segments), of the rows from `first` on that `ends` has."""
+    b, h, segments = ends.shape[:3]
+    return jnp.prod(ops.through[first : first + b].reshape(b, h, segments, -1), axis=-1)
 
 
 def scan_segments(h0, ends, through) -> jax.Array:

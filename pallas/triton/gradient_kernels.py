@@ -7,7 +7,7 @@ W Y with D added on its diagonal:
 
     o  = P v + entry q h          dz = dy o silu'(z)              dD = sum_i X_ii
     dq = M k + entry g h^T        dk = M^T q + exit v dS^T        dv = P^T g + exit k dS
-    dentry_i = g_i.(q_i h)        dexit_j = v_j.(k_j dS)          dthrough = <dS, h>
+    dentry_i = g_i.(q_i h)        dexit_j = v_j.(k_j dS)          dthrough = <dS, h>, of every slab
     dscale_j = sum_i (E X Y)_ij   dgamma_i = (X Y)_ii             dcs_j = sum_i (E X Y scale)_ji - scale_j dscale_j
     dtheta = q x dq + k x dk per turning pair, whose reverse cumulative sum is what each token's turn receives
 
@@ -29,45 +29,21 @@ from pallas.triton.operands import OfHead, Operands, at_head, over_heads
 from pallas.triton.tiles import Tiling
 
 
-def adjoint_kernel(segment, ops: Operands, dy_ref, *refs, tiling: Tiling, chunks: int, ahead: bool):
+def adjoint_kernel(segment, ops: Operands, sequences, *refs, tiling: Tiling, chunks: int, ahead: bool):
     """As forward's _state_kernel, in reverse: dS enters at the segment's end and leaves at its start."""
+    (g_ref,) = sequences
 
     def load(t0):
-        return tiles.load_slabs(tiling, ops.C, t0), _load_dy(tiling, ops, dy_ref, t0)
-
-    def value(dy, t0):
-        return _gated(tiling, ops, dy, t0)
+        return tiles.load_slabs(tiling, ops.C, t0), g_ref[pl.ds(t0 * tiling.r, tiling.rows)]
 
     last = (segment + 1) * chunks - 1
-    walk(tiling, ops, lambda i: last - i, chunks, load, value, ops.C_bias, ops.entry, refs, ahead)
-
-
-def _load_dy(tiling: Tiling, ops: Operands, dy_ref, t0):
-    """dy as it lies in memory, of MIMO repeated for the ranks where they were contracted; (rows, p)."""
-    if ops.mimo_o is None:
-        return dy_ref[pl.ds(t0 * tiling.r, tiling.rows)]
-    return tiling.of_token(dy_ref, t0, slice(None))
-
-
-def _of_ranks(tiling: Tiling, ops: Operands, dy):
-    """dy before the contraction of ranks, in float32."""
-    dy = dy.astype(jnp.float32)
-    return dy if ops.mimo_o is None else dy * tiling.of_rank(ops.mimo_o, slice(None))
-
-
-def _gated(tiling: Tiling, ops: Operands, dy, t0):
-    """g, (rows, p) in float32."""
-    g = _of_ranks(tiling, ops, dy)
-    if ops.z is None:
-        return g
-    u = gate(tiling, ops, tiling.of_token(ops.z, t0, slice(None)))
-    return g * (u * tiling.sigmoid(u))
+    walk(tiling, ops, lambda i: last - i, chunks, load, ops.C_bias, ops.entry, refs, ahead)
 
 
 class Given(NamedTuple):
     """What a kernel of the gradients is given beside the operands, None what it does not need; m chunks.
 
-    Of all these b is the grid's rows or more (backward.py, `_Grid`), as of what the kernels write.
+    Of all these b is the grid's rows or the batch (backward.py, `_Grid`), as of what the kernels write.
     """
 
     dy: jax.Array | None = None
@@ -82,8 +58,8 @@ class Given(NamedTuple):
 # Where refs keep the block's heads, beside the batch; None: they are shared by the heads.
 _HEAD_AXES = dict(
     dy=1, g=1, P=0, M=0, entries=0, exits=0, later=0,
-    x=1, mimo_x=1, exit=0, through=0, z=1, mimo_z=1, mimo_o=1, entry=0, D=0, cs=0, scale=0, gamma=0,
-    projections=None, biases=2, clock=0, omega=None,
+    x=1, mimo_x=1, exit=0, z=1, mimo_z=1, mimo_o=1, entry=0, D=0, cs=0, scale=0, gamma=0,
+    projections=None, biases=2, through=0, clock=0, omega=None,
 )  # fmt: skip
 
 
@@ -132,15 +108,13 @@ def output_gradients(ops: Operands, given: Given, out: OutputGradients, chunk, t
     t0 = chunk * tiling.c
     tokens, rows = pl.ds(t0, tiling.c), pl.ds(t0 * tiling.r, tiling.rows)
     dtype = ops.x.dtype
-    slabs = tiles.slabs(tiling)
-    h = [given.entries[slab.channels] for slab in slabs]
+    h = [given.entries[slab.channels] for slab in tiles.slabs(tiling)]
     B, C = tiles.load_slabs(tiling, ops.B, t0), tiles.load_slabs(tiling, ops.C, t0)
     turns = tiles.turns(tiling, ops, chunk)
     q = tiles.project(tiling, C, ops.C_bias, turns, dtype)
     k = tiles.project(tiling, B, ops.B_bias, turns, dtype)
     v = values(tiling, ops, t0)
-    g = _gated(tiling, ops, _load_dy(tiling, ops, given.dy, t0), t0).astype(dtype)
-    X = tiling.dot(g, v, (1, 1))
+    X = tiling.dot(_gated(tiling, ops, given.dy, t0).g.astype(dtype), v, (1, 1))
     Y = sum(tiling.dot(q_, k_, (1, 1)) for q_, k_ in zip(q, k))
     E = tiles.later(tiling, ops, t0)
     W = tiles.weights(tiling, ops, t0, E)
@@ -159,37 +133,46 @@ def output_gradients(ops: Operands, given: Given, out: OutputGradients, chunk, t
         i, j = (lax.broadcasted_iota(jnp.int32, X.shape, axis) for axis in (0, 1))
         out.D[chunk] = jnp.sum(jnp.sum(jnp.where(i == j, X, 0), axis=1))
 
-    # dy and z are read again: kept from above they would fill the registers.
     o = tiling.dot(P, v)
     o_entry = sum(tiling.dot(q_, h_) for h_, q_ in zip(h, q))
-    dy = _of_ranks(tiling, ops, _load_dy(tiling, ops, given.dy, t0))
-    swish, slope = _swish(tiling, ops, t0, o)
-    g = dy * swish
-    if out.g is not None:
-        out.g[rows] = g.astype(dtype)
-    out.entry[tokens] = tiling.per_token(jnp.sum(g * o_entry, axis=1))
+    # dy and z are read again: kept from above they would fill the registers.
+    gated = _gated(tiling, ops, given.dy, t0)
+    out.entry[tokens] = tiling.per_token(jnp.sum(gated.g * o_entry, axis=1))
     o = tiling.fma(tiling.of_token(ops.entry, t0)[:, None], o_entry, o)
+    if out.g is not None:
+        out.g[rows] = gated.g.astype(dtype)
     if ops.mimo_o is not None:
-        read = _load_dy(tiling, ops, given.dy, t0).astype(jnp.float32) * (o * swish)
-        out.mimo_o[chunk] = tiling.per_rank(read)
+        out.mimo_o[chunk] = tiling.per_rank(gated.mimo_o * o)
     if ops.z is None:
         return
-    dz = dy * slope * o
+    dz = gated.z * o
     if ops.mimo_z is not None:
         out.mimo_z[chunk] = tiling.per_rank(dz * tiling.of_token(ops.z, t0, slice(None)).astype(jnp.float32))
         dz *= tiling.of_rank(ops.mimo_z, slice(None))
     out.z[tokens] = tiling.per_token(dz).astype(out.z.dtype)
 
 
-def _swish(tiling: Tiling, ops: Operands, t0, o):
-    """The gate's factor of the read o and its slope, (rows, p) in float32, or 1."""
+class _Gated(NamedTuple):
+    """What the read o receives, and by what o is multiplied for what the gate and the contraction of ranks receive,
+    None without them; (rows, p) in float32."""
+
+    g: jax.Array
+    z: jax.Array | None
+    mimo_o: jax.Array | None
+
+
+def _gated(tiling: Tiling, ops: Operands, dy_ref, t0) -> _Gated:
+    if ops.mimo_o is None:
+        dy = of_ranks = dy_ref[pl.ds(t0 * tiling.r, tiling.rows)].astype(jnp.float32)
+    else:
+        dy = tiling.of_token(dy_ref, t0, slice(None)).astype(jnp.float32)
+        of_ranks = dy * tiling.of_rank(ops.mimo_o, slice(None))
     if ops.z is None:
-        return 1.0, None
+        return _Gated(of_ranks, None, dy)
     u = gate(tiling, ops, tiling.of_token(ops.z, t0, slice(None)))
-    # 0 o ties the gate to o's registers: the compiler would else redo it for every operand it lays out differently.
-    sigmoid = tiling.fma(0.0 * o, 1.0, tiling.sigmoid(u))
+    sigmoid = tiling.sigmoid(u)
     swish = u * sigmoid
-    return swish, tiling.fma(swish, 1 - sigmoid, sigmoid)
+    return _Gated(of_ranks * swish, of_ranks * tiling.fma(swish, 1 - sigmoid, sigmoid), dy * swish)
 
 
 class ValueGradients(NamedTuple):
@@ -201,7 +184,6 @@ class ValueGradients(NamedTuple):
     x: jax.Array  # (b, t, h, p)
     mimo_x: jax.Array | None  # (rows, m, h, r, p)
     exit: jax.Array  # (b, h, t)
-    through: jax.Array  # (b, h, m)
 
 
 def value_gradients(ops: Operands, given: Given, out: ValueGradients, chunk, tiling: Tiling) -> None:
@@ -220,8 +202,6 @@ def value_gradients(ops: Operands, given: Given, out: ValueGradients, chunk, til
         out.mimo_x[chunk] = tiling.per_rank(dv * x)
         dv *= tiling.of_rank(ops.mimo_x, slice(None))
     out.x[pl.ds(t0, tiling.c)] = tiling.per_token(dv).astype(out.x.dtype)
-    states = ((u[slab.channels].astype(jnp.float32) for u in (given.entries, given.exits)) for slab in slabs)
-    out.through[chunk] = sum(jnp.sum(jnp.sum(h * dS, axis=1)) for h, dS in states)
 
 
 def _of_rows(tiling: Tiling, ref, chunk, *rest):
@@ -238,6 +218,7 @@ class ProjectionGradients(NamedTuple):
 
     projections: jax.Array  # (2, N, rows, t r, g, n) float32
     biases: jax.Array  # (2, rows, m, h, r, n) float32
+    through: jax.Array  # (slabs, b, h, m)
     clock: jax.Array | None  # (slabs, b, h, t); None, like the next one, where they do not turn
     omega: jax.Array | None  # (N g, rows, t, s)
 
@@ -269,19 +250,20 @@ def _projection_gradients(ops: Operands, given: Given, out: ProjectionGradients,
     t0 = chunk * tiling.c
     turn = tiles.turn(tiling, ops, chunk, slab)
     q = tiles.project_slab(tiling, slab, _of_rows(tiling, ops.C, chunk, slab.channels), turn, ops.C_bias, ops.x.dtype)
-    v = values(tiling, ops, t0)
-    dk = tiling.dot(given.M[...], q, (0, 0))
-    written = (v.astype(jnp.float32) * tiling.of_token(ops.exit, t0)[:, None]).astype(v.dtype)
-    dk += tiling.dot(written, given.exits[slab.channels], (1, 1))
+    dS = given.exits[slab.channels]
+    # Decays after the products: what is multiplied then goes from memory to the tensor cores as it is.
+    written = tiling.dot(values(tiling, ops, t0), dS, (1, 1))
+    dk = tiling.fma(tiling.of_token(ops.exit, t0)[:, None], written, tiling.dot(given.M[...], q, (0, 0)))
     dB, turned = _turn_back(tiling, ops.B, ops.B_bias, dk, turn, chunk, slab)
     out.biases[0, chunk] = tiling.per_rank(dB)
 
     k = tiles.project_slab(tiling, slab, _of_rows(tiling, ops.B, chunk, slab.channels), turn, ops.B_bias, ops.x.dtype)
-    g = _of_rows(tiling, given.g, chunk).astype(jnp.float32)
-    seen = (g * tiling.of_token(ops.entry, t0)[:, None]).astype(k.dtype)
-    dq = tiling.dot(given.M[...], k) + tiling.dot(seen, given.entries[slab.channels], (1, 1))
+    h = given.entries[slab.channels]
+    seen = tiling.dot(_of_rows(tiling, given.g, chunk), h, (1, 1))
+    dq = tiling.fma(tiling.of_token(ops.entry, t0)[:, None], seen, tiling.dot(given.M[...], k))
     dC, also_turned = _turn_back(tiling, ops.C, ops.C_bias, dq, turn, chunk, slab)
     out.biases[1, chunk] = tiling.per_rank(dC)
+    out.through[chunk] = jnp.sum(jnp.sum(h.astype(jnp.float32) * dS.astype(jnp.float32), axis=1))
     if turn is None:
         return dB, dC, None
 
