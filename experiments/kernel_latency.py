@@ -8,7 +8,8 @@ every implementation of this backend, Mamba-2's operator in XLA, and causal atte
 Times are medians over batches of calls that are enqueued together and waited for once, on random inputs, after calls
 that do not count; decode steps are timed several to a program, since one takes as long as a call. GB/s are of the
 fewest bytes and TFLOP/s of the fewest operations that the mathematics needs (`fewest_bytes`, `flops`), so that an
-implementation that moves or computes more is seen to be slower, not busier.
+implementation that moves or computes more is seen to be slower, not busier. Of a forward and backward pass on a GPU the
+profiler says, in calls that are not timed, which kernel takes how long.
 
 Rows go to metrics.jsonl as they are measured. Those of the same device, jax, XLA_FLAGS, settings and code (the files of
 mamba3_jax/ops and pallas) are not measured again, so that a run can be cut into slices with --only; those of other code
@@ -32,10 +33,11 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from experiments import kernel_report, measured
+from experiments import kernel_profile, kernel_report, measured
 from experiments.command import parse
 from experiments.kernel_programs import (
     DECODE_STEPS,
+    PASSES,
     Cell,
     Shape,
     arrays,
@@ -165,15 +167,17 @@ def prepare(cell: Cell, config: Config) -> Prepared | Missing | None:
 
 
 def measure(cell: Cell, prepared: Prepared | None, config: Config) -> dict | Missing:
-    """A cell's figures: ms, calls, bytes, flops and peak_bytes; of accuracy: errors by array."""
+    """A cell's figures: ms, calls, bytes, flops, peak_bytes and perhaps `kernels`; of accuracy: errors by array."""
     try:
         if prepared is None:
             return dict(errors=errors(cell))
         ms, calls = _time(prepared, config)
+        spent = _kernels(prepared)
     except Exception as error:  # as above
         return _missing(cell, error)
     needed, operations = counts(cell, config)
-    return dict(ms=ms, calls=calls, bytes=needed, flops=operations, peak_bytes=prepared.peak)
+    figures = dict(ms=ms, calls=calls, bytes=needed, flops=operations, peak_bytes=prepared.peak)
+    return figures | (dict(kernels=spent) if spent else {})
 
 
 def _time(prepared: Prepared, config: Config) -> tuple[float, int]:
@@ -198,6 +202,14 @@ def _time(prepared: Prepared, config: Config) -> tuple[float, int]:
     if repeats < 2:
         return once / prepared.times, 1
     return statistics.median(batch(calls) for _ in range(repeats)) / prepared.times, calls * repeats
+
+
+def _kernels(prepared: Prepared) -> dict[str, tuple[float, float]]:
+    """ms and launches by kernel, of the passes whose kernels are ours."""
+    if prepared.cell.what not in PASSES or prepared.cell.implementation != "triton":
+        return {}
+    arguments = prepared.make()
+    return kernel_profile.kernels(lambda: prepared.run(*arguments))
 
 
 def errors(cell: Cell) -> dict[str, float]:

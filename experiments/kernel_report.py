@@ -5,6 +5,7 @@ from pathlib import Path
 
 import matplotlib
 
+from experiments import kernel_profile
 from experiments.kernel_programs import DECODE_STEPS, PASSES, Shape
 from mamba3_jax.command import fail
 
@@ -77,7 +78,8 @@ def render(summary: dict) -> str:
     if earlier:
         forms = dict.fromkeys(_form(row["model"], row["implementation"], rows) for row in earlier)
         lines += ["", f"Code: {summary['code']}; measured with earlier code: {'; '.join(forms)}."]
-    lines += _passes(rows, ceilings, summary["shapes"]) + _decode(rows, ceilings) + _prefill(rows) + _accuracy(rows)
+    lines += _passes(rows, ceilings, summary["shapes"]) + _kernels(rows)
+    lines += _decode(rows, ceilings) + _prefill(rows) + _accuracy(rows)
     if summary["peers"] is not None:
         lines += _peers(rows, summary["peers"])
     lines += _lengths(rows, summary["shapes"][0])
@@ -110,6 +112,29 @@ def _passes(rows: list[dict], ceilings: dict, shapes: list[str]) -> list[str]:
             lines.append(_line(cells))
         lines.append("")
     return lines[:-1]
+
+
+def _kernels(rows: list[dict]) -> list[str]:
+    """Which kernels the passes spend their time in; empty where no profiler saw them."""
+    rows = [row for row in rows if "kernels" in row]
+    if not rows:
+        return []
+    names = list(dict.fromkeys(name for row in rows for name in row["kernels"]))
+    lines = [
+        "",
+        "## By kernel",
+        "",
+        "Milliseconds of one call and in brackets how often it launches the kernel, by the profiler, means of 5 calls "
+        f"that were not timed; {kernel_profile.XLA} is all that is not a kernel of ours.",
+        "",
+        "| pass | shape | |" + "".join(f" {name} |" for name in names),
+        "|" + " --- |" * (3 + len(names)),
+    ]
+    for row in rows:
+        spent = [f"{ms:.3f} ({launches:g})" for ms, launches in (row["kernels"].get(name, (0, 0)) for name in names)]
+        form = _form(row["model"], row["implementation"], rows)
+        lines.append(_line([WHAT[row["what"]], row["shape"], form, *spent]))
+    return lines
 
 
 def _figures(row: dict, ceilings: dict) -> list[str]:

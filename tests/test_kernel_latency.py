@@ -4,13 +4,14 @@ import dataclasses
 import functools
 import itertools
 import json
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import kernel_latency, kernel_programs, measured
+from experiments import kernel_latency, kernel_profile, kernel_programs, measured
 from experiments.kernel_latency import SMOKE, Config
 from experiments.kernel_programs import Cell, Shape, arrays, cells, counts, flops
 from mamba3_jax.ops import ssm, ssm_step
@@ -230,3 +231,43 @@ def test_a_bad_line_of_peers_is_refused(tmp_path, capsys, line):
     with pytest.raises(SystemExit):
         run(tmp_path, f"--peers={tmp_path / 'peers.jsonl'}")
     assert capsys.readouterr().err.startswith("peers: got ")
+
+
+def test_time_by_kernel_is_that_of_a_gpus_streams():
+    """Means over calls; copies of a kernel are one, what is not ours is XLA's; only streams count."""
+
+    def line(name, **events):
+        return SimpleNamespace(
+            name=name, events=[SimpleNamespace(name=k, duration_ns=ns) for k, times in events.items() for ns in times]
+        )
+
+    streams = [
+        line("Stream #13(Compute)", ssm_states=(1e6, 3e6), ssm_states__1=(2e6, 2e6), loop_add_fusion=(1e5, 1e5)),
+        line("Stream #14(MemcpyD2D)", MemcpyD2D=(2e5, 2e5)),
+        line("XLA Ops", ssm_states=(9e9,)),
+    ]
+    planes = [
+        SimpleNamespace(name="/host:CPU", lines=[line("Stream of words", ssm_states=(9e9,))]),
+        SimpleNamespace(name="/device:GPU:0", lines=streams),
+    ]
+    found = kernel_profile.by_kernel(planes, calls=2)
+    assert list(found) == ["ssm_states", "XLA"]
+    assert found["ssm_states"] == pytest.approx((4.0, 2.0)) and found["XLA"] == pytest.approx((0.3, 2.0))
+
+
+def test_the_profiler_runs_where_there_is_no_gpu():
+    add = jax.jit(lambda u: u + 1)
+    assert kernel_profile.kernels(lambda: add(jnp.ones(3)), calls=2) == {}
+
+
+def test_the_report_says_which_kernels_take_the_time(tmp_path):
+    assert run(tmp_path, "--only=forward*,siso,*") == 0
+    assert "By kernel" not in (tmp_path / "report.md").read_text()
+    rows = stored(tmp_path)
+    rows[0]["kernels"] = dict(ssm_outputs=[0.347, 1.0], XLA=[0.038, 8.0])
+    rows[1]["kernels"] = dict(ssm_outputs=[0.348, 1.0])
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert run(tmp_path, "--measure=false") == 0
+    text = (tmp_path / "report.md").read_text()
+    assert "| ssm_outputs | XLA |" in text
+    assert "| 0.347 (1) | 0.038 (8) |" in text and "| 0.348 (1) | 0.000 (0) |" in text
