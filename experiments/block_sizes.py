@@ -5,7 +5,7 @@
 From the defaults of this GPU one number at a time takes other values (`SEQUENCES`, `STEPS`): forward and forward +
 backward of SISO and MIMO, and decode steps with both dtypes of the state. A cut that does not compile, or that the
 kernels refuse, has its reason in place of a time. What wins goes by hand into `default_block_sizes` of
-pallas/triton/block_sizes.py and decode.py, with a line of what was measured.
+pallas/triton/block_sizes.py and decode.py, with a line of what was measured in TUNING.md beside them or in decode.py.
 
 Cells are timed as experiments/kernel_latency.py times them. Rows go to metrics.jsonl as they are measured; those of the
 same device, jax, XLA_FLAGS, settings and code (mamba3_jax/ops and pallas) are not measured again. A results directory

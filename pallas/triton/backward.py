@@ -35,7 +35,7 @@ def _exit_adjoints(ops: Operands, g, dlast, first: int, tiling: Tiling, segments
     """Adjoints of every chunk's state on exit (b, h, chunks, n, p) in the dtype of x, and that of h0 in float32, of the
     rows from `first` on that dlast has."""
     how = dict(tiling=tiling, blocks=blocks, first=first)
-    call = functools.partial(call_serial, kernels.adjoint_kernel, "ssm_adjoints", ops, (g,), **how)
+    call = functools.partial(call_serial, kernels.adjoint_kernel, "ssm_adjoints", ops, g, **how)
     ends = dlast[:, :, None]
     if segments > 1:
         starts, _ = call(from_zero(dlast, segments), keep=False)
@@ -260,9 +260,9 @@ def backward(
     # Without it XLA could keep the forward pass's coefficients, which are the same, until dy is there.
     args, dy = lax.optimization_barrier((args, dy))
     ops = coefficients.operands(args, tiling)
-    b, t, h, _ = ops.x.shape
-    of_chunks = _Grid(ops, 0, b, tiling, blocks).blocks_of_heads * (t // tiling.c)
-    at_once = rows_at_once(b, min(of_chunks // WAVES, h * segments), blocks.programs)
+    b, _, h, _ = ops.x.shape
+    every = _Grid(ops, 0, b, tiling, blocks)
+    at_once = rows_at_once(b, every.blocks_of_heads * every.chunks, h * segments, blocks.programs)
     whole, parts = None, []
     for first in range(0, b, at_once):
         # Waits for the part before, whose memory it takes over: XLA would begin all at once.
@@ -325,15 +325,19 @@ class _OfPart(NamedTuple):
 
 # Each has kernels of its own to compile.
 MOST_PARTS = 4
-# A part has at least so many programs for each that the GPU runs at once. At block_sizes.py's shape four parts with one
+# A part has at least so many programs for each that the GPU runs at once. At TUNING.md's shape four parts with one
 # each took 4.2 ms where the whole took 3.85, forward and backward, on an earlier form of the kernels.
 WAVES = 4
 
 
-def rows_at_once(b: int, programs_per_row: int, programs: int) -> int:
-    """The fewest rows that make `programs` programs and divide a batch of b, in at most MOST_PARTS; b, if none do."""
+def rows_at_once(b: int, of_chunks: int, serial: int, programs: int) -> int:
+    """The fewest rows that divide a batch of b, in at most MOST_PARTS, and make enough programs; b, if none do.
+
+    Of the serial kernels, with `serial` programs a row, `programs` are enough, and of those over chunks, with
+    `of_chunks` a row, WAVES times as many.
+    """
     parts = (rows for rows in range(1, b) if b % rows == 0 and b // rows <= MOST_PARTS)
-    return next((rows for rows in parts if rows * programs_per_row >= programs), b)
+    return next((n for n in parts if n * serial >= programs and n * of_chunks >= WAVES * programs), b)
 
 
 def _gradients(grid: _Grid, dy, h0, last, dlast, segments: int, earlier: _Whole | None) -> tuple[_Whole, _OfPart]:

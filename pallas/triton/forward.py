@@ -27,17 +27,20 @@ def _state_kernel(segment, ops: Operands, _, *refs, tiling: Tiling, chunks: int,
     """ops of one row and head; refs as in `walk`, with h0, the last state and the entries."""
 
     def load(t0):
-        return tiles.load_slabs(tiling, ops.B, t0), values(tiling, ops, t0)
+        return tiles.load_slabs(tiling, ops.B, t0), tiling.of_token(ops.x, t0, slice(None))
 
-    walk(tiling, ops, lambda i: segment * chunks + i, chunks, load, ops.B_bias, ops.exit, refs, ahead)
+    def value(x):
+        return of_ranks(tiling, ops, x)
+
+    walk(tiling, ops, lambda i: segment * chunks + i, chunks, load, value, ops.B_bias, ops.exit, refs, ahead)
 
 
-def walk(tiling: Tiling, ops: Operands, chunk_at, chunks: int, load, bias, weight, refs, ahead: bool) -> None:
+def walk(tiling: Tiling, ops: Operands, chunk_at, chunks: int, load, value, bias, weight, refs, ahead: bool) -> None:
     """From chunk to chunk of a segment: u <- through u + sum_i weight_i k_i value_i^T.
 
     Args:
         chunk_at: the i-th chunk on the way, i < chunks.
-        load: of a chunk's first token, B or C, and the values (rows, p).
+        load: of a chunk's first token, B or C and what `value` makes (rows, p) of.
         bias, weight: of B or C, whose rotation k is, and of a token; from ops.
         refs: the first u (n, p) in float32; the last u; what every chunk finds, (m, n, p) or None.
         ahead: the next chunk is loaded while one is computed, because the compiler does not fetch ahead where each
@@ -49,12 +52,13 @@ def walk(tiling: Tiling, ops: Operands, chunk_at, chunks: int, load, bias, weigh
     def load_at(i):
         return load(chunk_at(i) * tiling.c)
 
-    def step(i, u, raw, v):
+    def step(i, u, raw, loaded):
         chunk = chunk_at(i)
         t0 = chunk * tiling.c
         if found_ref is not None:
             for slab, u_ in zip(slabs, u):
                 found_ref[chunk, slab.channels] = u_.astype(found_ref.dtype)
+        v = value(loaded)
         k = tiles.project(tiling, raw, bias, tiles.turns(tiling, ops, chunk), ops.x.dtype)
         weighted = (v.astype(jnp.float32) * tiling.of_token(weight, t0)[:, None]).astype(ops.x.dtype)
         kept = ops.through[chunk]
@@ -74,7 +78,11 @@ def walk(tiling: Tiling, ops: Operands, chunk_at, chunks: int, load, bias, weigh
 
 def values(tiling: Tiling, ops: Operands, t0) -> jax.Array:
     """v, (rows, p) in the dtype of x."""
-    x = tiling.of_token(ops.x, t0, slice(None))
+    return of_ranks(tiling, ops, tiling.of_token(ops.x, t0, slice(None)))
+
+
+def of_ranks(tiling: Tiling, ops: Operands, x: jax.Array) -> jax.Array:
+    """v of a tile's x."""
     if ops.mimo_x is None:
         return x
     return (x.astype(jnp.float32) * tiling.of_rank(ops.mimo_x, slice(None))).astype(x.dtype)
@@ -116,12 +124,12 @@ def gate(tiling: Tiling, ops: Operands, z) -> jax.Array:
 
 
 def call_serial(
-    kernel, name: str, ops: Operands, sequences, start, tiling: Tiling, keep: bool, blocks: BlockSizes, first: int = 0
+    kernel, name: str, ops: Operands, sequence, start, tiling: Tiling, keep: bool, blocks: BlockSizes, first: int = 0
 ) -> tuple[jax.Array, jax.Array | None]:
     """A pass from chunk to chunk of every segment, forwards or backwards, as `kernel` walks.
 
     Args:
-        sequences: what the kernel reads besides, (batch or b, t or t r, h, p).
+        sequence: what the kernel reads besides, (batch or b, t or t r, h, p), or None.
         start: (b, h, segments, n, p), of the rows of the batch from `first` on.
         keep: whether the states of all chunks are asked for.
 
@@ -133,17 +141,16 @@ def call_serial(
     per_group, chunks = h // ops.B.shape[2], t // tiling.c
     at = functools.partial(at_heads, h)
 
-    def sequence(array):
-        return pl.BlockSpec((None, array.shape[1], None, p), at(lambda h, s, b: (first % len(array) + b, 0, h, 0)))
-
+    beside = None
+    if sequence is not None:
+        rows = sequence.shape[1]
+        beside = pl.BlockSpec((None, rows, None, p), at(lambda h, s, b: (first % len(sequence) + b, 0, h, 0)))
     segment = pl.BlockSpec((None, None, None, tiling.n, p), at(lambda h, s, b: (b, h, s, 0, 0)))
     whole = pl.BlockSpec((None, None, chunks, tiling.n, p), at(lambda h, s, b: (b, h, 0, 0, 0)))
     return pl.pallas_call(
         given_chunk(kernel, h, tiling=tiling, chunks=chunks // segments, ahead=tiling.r > 1),
         grid=(h * segments, b),
-        in_specs=[
-            specs(ops, at(lambda h, s, b: (first + b, h, h // per_group))), tuple(map(sequence, sequences)), segment
-        ],
+        in_specs=[specs(ops, at(lambda h, s, b: (first + b, h, h // per_group))), beside, segment],
         out_specs=[segment, whole if keep else None],
         out_shape=[
             jax.ShapeDtypeStruct(start.shape, jnp.float32),
@@ -152,7 +159,7 @@ def call_serial(
         compiler_params=tiles.compiler_params(blocks.num_warps, blocks.serial_stages),
         interpret=tiling.interpret,
         name=name,
-    )(ops, sequences, start)  # fmt: skip
+    )(ops, sequence, start)
 
 
 def _call_outputs(ops: Operands, entries, tiling: Tiling, blocks: BlockSizes) -> jax.Array:
@@ -183,7 +190,7 @@ def entry_states(
     """What every chunk starts from, (b, h, chunks, n, p) in the dtype of x, and the last state (b, h, n, p) in float32,
     of the rows from `first` on that h0 has."""
     how = dict(tiling=tiling, blocks=blocks, first=first)
-    call = functools.partial(call_serial, _state_kernel, "ssm_states", ops, (), **how)
+    call = functools.partial(call_serial, _state_kernel, "ssm_states", ops, None, **how)
     starts = h0[:, :, None]
     if segments > 1:
         ends, _ = call(from_zero(h0, segments), keep=False)

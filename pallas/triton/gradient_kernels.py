@@ -29,15 +29,14 @@ from pallas.triton.operands import OfHead, Operands, at_head, over_heads
 from pallas.triton.tiles import Tiling
 
 
-def adjoint_kernel(segment, ops: Operands, sequences, *refs, tiling: Tiling, chunks: int, ahead: bool):
+def adjoint_kernel(segment, ops: Operands, g_ref, *refs, tiling: Tiling, chunks: int, ahead: bool):
     """As forward's _state_kernel, in reverse: dS enters at the segment's end and leaves at its start."""
-    (g_ref,) = sequences
 
     def load(t0):
         return tiles.load_slabs(tiling, ops.C, t0), g_ref[pl.ds(t0 * tiling.r, tiling.rows)]
 
     last = (segment + 1) * chunks - 1
-    walk(tiling, ops, lambda i: last - i, chunks, load, ops.C_bias, ops.entry, refs, ahead)
+    walk(tiling, ops, lambda i: last - i, chunks, load, lambda g: g, ops.C_bias, ops.entry, refs, ahead)
 
 
 class Given(NamedTuple):
@@ -142,10 +141,10 @@ def output_gradients(ops: Operands, given: Given, out: OutputGradients, chunk, t
     if out.g is not None:
         out.g[rows] = gated.g.astype(dtype)
     if ops.mimo_o is not None:
-        out.mimo_o[chunk] = tiling.per_rank(gated.mimo_o * o)
+        out.mimo_o[chunk] = tiling.per_rank(gated.to_ranks * o)
     if ops.z is None:
         return
-    dz = gated.z * o
+    dz = gated.to_gate * o
     if ops.mimo_z is not None:
         out.mimo_z[chunk] = tiling.per_rank(dz * tiling.of_token(ops.z, t0, slice(None)).astype(jnp.float32))
         dz *= tiling.of_rank(ops.mimo_z, slice(None))
@@ -153,26 +152,27 @@ def output_gradients(ops: Operands, given: Given, out: OutputGradients, chunk, t
 
 
 class _Gated(NamedTuple):
-    """What the read o receives, and by what o is multiplied for what the gate and the contraction of ranks receive,
-    None without them; (rows, p) in float32."""
+    """What the read o receives, g, and what o is multiplied by to be what the gate and the contraction of ranks
+    receive, None where they are absent; (rows, p) in float32."""
 
     g: jax.Array
-    z: jax.Array | None
-    mimo_o: jax.Array | None
+    to_gate: jax.Array | None
+    to_ranks: jax.Array | None
 
 
 def _gated(tiling: Tiling, ops: Operands, dy_ref, t0) -> _Gated:
     if ops.mimo_o is None:
-        dy = of_ranks = dy_ref[pl.ds(t0 * tiling.r, tiling.rows)].astype(jnp.float32)
+        g, to_ranks = dy_ref[pl.ds(t0 * tiling.r, tiling.rows)].astype(jnp.float32), None
     else:
-        dy = tiling.of_token(dy_ref, t0, slice(None)).astype(jnp.float32)
-        of_ranks = dy * tiling.of_rank(ops.mimo_o, slice(None))
+        to_ranks = tiling.of_token(dy_ref, t0, slice(None)).astype(jnp.float32)
+        g = to_ranks * tiling.of_rank(ops.mimo_o, slice(None))
     if ops.z is None:
-        return _Gated(of_ranks, None, dy)
+        return _Gated(g, None, to_ranks)
     u = gate(tiling, ops, tiling.of_token(ops.z, t0, slice(None)))
     sigmoid = tiling.sigmoid(u)
     swish = u * sigmoid
-    return _Gated(of_ranks * swish, of_ranks * tiling.fma(swish, 1 - sigmoid, sigmoid), dy * swish)
+    to_gate = g * tiling.fma(swish, 1 - sigmoid, sigmoid)
+    return _Gated(g * swish, to_gate, None if to_ranks is None else to_ranks * swish)
 
 
 class ValueGradients(NamedTuple):

@@ -169,14 +169,9 @@ def turn(tiling: Tiling, ops, chunk, slab: Slab) -> Turn | None:
     return Turn(*tiling.cos_sin(start[None, :] + jnp.cumsum(tiling.once_per_token(step), axis=0)))
 
 
-def load(tiling: Tiling, ref, t0, slab: Slab) -> jax.Array:
-    """A slab of B or C of a tile as they lie in memory, ref (t*r, n)."""
-    return ref[pl.ds(t0 * tiling.r, tiling.rows), slab.channels]
-
-
 def load_slabs(tiling: Tiling, ref, t0) -> list[jax.Array]:
-    """All slabs of B or C."""
-    return [load(tiling, ref, t0, slab) for slab in slabs(tiling)]
+    """B or C of a tile as they lie in memory, ref (t*r, n)."""
+    return [ref[pl.ds(t0 * tiling.r, tiling.rows), slab.channels] for slab in slabs(tiling)]
 
 
 def biased(tiling: Tiling, raw: jax.Array, bias_ref, slab: Slab) -> jax.Array:

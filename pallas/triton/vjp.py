@@ -36,7 +36,7 @@ def ssm(
     """y and the last state from h0 (b, h, n, p), both states in kernel order and float32. See `Arguments`.
 
     Kept for the backward pass are the arguments and the last state. The states that chunks start from are made again:
-    at block_sizes.py's shape that took 0.21 ms, and kept they would be n / c times as large as x in every layer.
+    at TUNING.md's shape that took 0.21 ms, and kept they would be n / c times as large as x in every layer.
 
     Inside a `shard_map` of the caller's it computes what it is given; `check_vma` must be False there, as for every
     Pallas kernel that does not say how its outputs vary.

@@ -134,7 +134,7 @@ def test_slabs_and_programs_of_the_gradients_add_up(kwargs):
     "kwargs, segments, programs, at_once",
     [
         (dict(g=2, h=4), 1, 4, 1),
-        (dict(r=2, mimo=True), 1, 2, 1),
+        (dict(r=2, mimo=True), 1, 4, 2),
         (dict(rotation="none", bare=True, gate=False), 1, 2, 1),
         (dict(packed=True), 2, 8, 2),
         (dict(r=1, mimo=True, gate=False), 1, 2, 1),
@@ -143,20 +143,20 @@ def test_slabs_and_programs_of_the_gradients_add_up(kwargs):
     ids=["siso", "mimo", "no rotation, no D, no gate", "siso packed", "mimo of rank 1, no gate", "two turning slabs"],
 )
 def test_gradients_of_a_few_rows_after_those_of_others(kwargs, segments, programs, at_once):
-    """Of one row of four at once, or of two."""
+    """Of one row of four at once, or of two: arrays of the whole batch and those of a part, whose rows begin at 0."""
     args = arguments(b=4, **kwargs)
     state = random_state(args)
     cut, whole = [], backward._call_value_gradients
 
     def noted(grid, given, earlier):
-        cut.append((grid.first, len(given.P), len(given.exits), earlier.exit is None))
+        cut.append((grid.first, len(given.P), earlier.exit is None))
         return whole(grid, given, earlier)
 
     cuts = dict(programs=programs, turning_slab=16, heads=2)
     with interpreted(rows=16, segments=segments, **cuts), pytest.MonkeyPatch.context() as patch:
         patch.setattr(backward, "_call_value_gradients", noted)
         *_, gradients = values_and_gradients(args, state, implementation="triton")
-    assert cut == [(first, at_once, at_once, first == 0) for first in range(0, 4, at_once)]
+    assert cut == [(first, at_once, first == 0) for first in range(0, 4, at_once)]
     assert_all_close(gradients, in_float64(values_and_gradients, args, state)[-1], TOLERANCE[jnp.float32])
 
 
@@ -209,15 +209,23 @@ def test_block_sizes_fit_the_gpu():
 
 
 def test_rows_at_once_fill_the_gpu_and_divide_the_batch():
+    many, waves = 2**20, backward.WAVES
     # No more than four parts, each of which has kernels of its own to compile.
-    assert backward.rows_at_once(32, 128, 256) == 8
-    assert backward.rows_at_once(7, 1024, 256) == 7
-    assert backward.rows_at_once(8, 128, 256) == 2
-    assert backward.rows_at_once(8, 64, 256) == 4
+    assert backward.rows_at_once(32, many, 128, 256) == 8
+    assert backward.rows_at_once(7, many, 1024, 256) == 7
+    assert backward.rows_at_once(8, many, 128, 256) == 2
+    assert backward.rows_at_once(8, many, 64, 256) == 4
     # Five rows would do, and six divide the batch; of three rows all together make too few.
-    assert backward.rows_at_once(6, 60, 256) == backward.rows_at_once(12, 60, 256) == 6
-    assert backward.rows_at_once(3, 60, 256) == 3
-    assert backward.rows_at_once(1, 4096, 256) == 1
+    assert backward.rows_at_once(6, many, 60, 256) == backward.rows_at_once(12, many, 60, 256) == 6
+    assert backward.rows_at_once(3, many, 60, 256) == 3
+    assert backward.rows_at_once(1, many, 4096, 256) == 1
+    # The kernels over chunks want several times as many; rows of one chunk are cut too.
+    assert backward.rows_at_once(8, 4096 // waves, many, 4096) == 8
+    assert backward.rows_at_once(2048, waves, many, 256) == 512
+    assert backward.rows_at_once(2048, 1, many, 512 // waves) == 512
+    # Of 8 rows of 2048 tokens and 64 heads, 16 to a program: SISO has too few programs to be cut, MIMO of rank 4 not.
+    programs = default_block_sizes(1, 64, 128, jnp.bfloat16, "9.0").programs
+    assert [backward.rows_at_once(8, 4 * chunks, 64, programs) for chunks in (32, 128)] == [8, 4]
 
 
 @pytest.mark.parametrize("variant", FORWARD_VARIANTS)
