@@ -10,20 +10,22 @@ import jax
 # Kernels of this name are ours; all others are XLA's.
 OURS = re.compile(r"(ssm_\w*?)(__\d+)?$")
 XLA = "XLA"
+# Over so many the mean is taken.
+CALLS = 5
 
 
-def kernels(call: Callable, calls: int = 5) -> dict[str, tuple[float, float]]:
+def kernels(call: Callable) -> dict[str, tuple[float, float]]:
     """{kernel: (ms, launches)} of one call, the longest first; empty where the profiler sees no GPU.
 
-    Args:
-        call: starts the program and returns its outputs; it has run before.
-        calls: over so many the mean is taken.
+    `call` starts the program and returns its outputs; it has run before.
     """
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
-            jax.block_until_ready([call() for _ in range(calls)][-1])
-        (file,) = Path(folder).rglob("*.xplane.pb")
-        return by_kernel(jax.profiler.ProfileData.from_file(str(file)).planes, calls)
+            for _ in range(CALLS):
+                out = call()
+            jax.block_until_ready(out)
+        profiles = [jax.profiler.ProfileData.from_file(str(file)) for file in Path(folder).rglob("*.xplane.pb")]
+        return by_kernel((plane for profile in profiles for plane in profile.planes), CALLS)
 
 
 def by_kernel(planes: Iterable, calls: int) -> dict[str, tuple[float, float]]:

@@ -124,8 +124,8 @@ def _kernels(rows: list[dict]) -> list[str]:
         "",
         "## By kernel",
         "",
-        "Milliseconds of one call and in brackets how often it launches the kernel, by the profiler, means of 5 calls "
-        f"that were not timed; {kernel_profile.XLA} is all that is not a kernel of ours.",
+        "Milliseconds of one call and in brackets how often it launches the kernel, by the profiler, means of "
+        f"{kernel_profile.CALLS} calls that were not timed; {kernel_profile.XLA} is all that is not a kernel of ours.",
         "",
         "| pass | shape | |" + "".join(f" {name} |" for name in names),
         "|" + " --- |" * (3 + len(names)),

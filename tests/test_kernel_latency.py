@@ -257,7 +257,7 @@ def test_time_by_kernel_is_that_of_a_gpus_streams():
 
 def test_the_profiler_runs_where_there_is_no_gpu():
     add = jax.jit(lambda u: u + 1)
-    assert kernel_profile.kernels(lambda: add(jnp.ones(3)), calls=2) == {}
+    assert kernel_profile.kernels(lambda: add(jnp.ones(3))) == {}
 
 
 def test_the_report_says_which_kernels_take_the_time(tmp_path):

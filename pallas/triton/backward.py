@@ -325,8 +325,8 @@ class _OfPart(NamedTuple):
 
 # Each has kernels of its own to compile.
 MOST_PARTS = 4
-# A part has at least so many programs for each that the GPU runs at once. At TUNING.md's shape four parts with one
-# each took 4.2 ms where the whole took 3.85, forward and backward, on an earlier form of the kernels.
+# A part has at least so many programs over chunks for each that the GPU runs at once. At TUNING.md's shape four parts
+# with one each took 4.2 ms where the whole took 3.85, forward and backward, on an earlier form of the kernels.
 WAVES = 4
 
 

@@ -171,8 +171,8 @@ def _gated(tiling: Tiling, ops: Operands, dy_ref, t0) -> _Gated:
     u = gate(tiling, ops, tiling.of_token(ops.z, t0, slice(None)))
     sigmoid = tiling.sigmoid(u)
     swish = u * sigmoid
-    to_gate = g * tiling.fma(swish, 1 - sigmoid, sigmoid)
-    return _Gated(g * swish, to_gate, None if to_ranks is None else to_ranks * swish)
+    read, to_gate = g * swish, g * tiling.fma(swish, 1 - sigmoid, sigmoid)
+    return _Gated(read, to_gate, None if to_ranks is None else to_ranks * swish)
 
 
 class ValueGradients(NamedTuple):
