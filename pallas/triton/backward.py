@@ -150,17 +150,18 @@ class _Grid(NamedTuple):
         shape = self.rows, self.ops.x.shape[2], self.chunks, self.tiling.rows, self.tiling.rows
         return jax.ShapeDtypeStruct(shape, self.ops.x.dtype), self._chunk_spec(shape)
 
-    def coefficient(self, length: int | None = None):
-        """(b, h, t) or (b, h, length)."""
+    def coefficient(self, *parts: int):
+        """(b, h, t), or (parts, b, h, t)."""
         b, t, h, _ = self.ops.x.shape
-        length = length or t
-        spec = pl.BlockSpec((None, self.heads, length), self.at(lambda i, c, b: (b, i, 0), b))
-        return jax.ShapeDtypeStruct((b, h, length), jnp.float32), spec
+        index = self.at(lambda i, c, b: (*(0 for _ in parts), b, i, 0), b)
+        spec = pl.BlockSpec((*parts, None, self.heads, t), index)
+        return jax.ShapeDtypeStruct((*parts, b, h, t), jnp.float32), spec
 
-    def per_chunk(self, operand, *shape):
-        """(rows, m, h, *shape), or None without the operand."""
+    def per_rank(self, operand):
+        """(rows, m, h, r, p), or None without the operand."""
         if operand is None:
             return None
+        shape = self.tiling.r, self.tiling.p
         index = self.at(lambda i, c, b: (b, 0, i, *(0 for _ in shape)))
         spec = pl.BlockSpec((None, self.chunks, self.heads, *shape), index)
         return jax.ShapeDtypeStruct((self.rows, self.chunks, self.ops.x.shape[2], *shape), jnp.float32), spec
@@ -171,8 +172,8 @@ def _call_output_gradients(grid: _Grid, given: Given, earlier: OutputGradients |
     grid = grid._replace(blocks=dataclasses.replace(grid.blocks, heads=1))
     ops, r = grid.ops, grid.tiling.r
     b, t, h, p = ops.x.shape
+    mimo_z, mimo_o = map(grid.per_rank, (ops.mimo_z, ops.mimo_o))
     g = jax.ShapeDtypeStruct((b if r == 1 else grid.rows, t * r, h, p), ops.x.dtype)
-    mimo_z, mimo_o = (grid.per_chunk(u, r, p) for u in (ops.mimo_z, ops.mimo_o))
     out = OutputGradients(
         P=grid.squares(),
         M=grid.squares(),
@@ -180,16 +181,16 @@ def _call_output_gradients(grid: _Grid, given: Given, earlier: OutputGradients |
         z=grid.sequence(ops.z),
         mimo_z=mimo_z,
         mimo_o=mimo_o,
-        D=None if ops.D is None else grid.coefficient(grid.chunks),
-        **dict.fromkeys(("entry", "cs", "scale", "gamma"), grid.coefficient()),
+        D=None if ops.D is None else grid.coefficient(),
+        scale=grid.coefficient(grid.tiling.groups),
+        **dict.fromkeys(("entry", "cs", "gamma"), grid.coefficient()),
     )
-    return grid.call(kernels.per_head, "ssm_output_gradients", given, out, earlier, of_head=kernels.output_gradients)
+    return grid.call(kernels.output_kernel, "ssm_output_gradients", given, out, earlier)
 
 
 def _call_value_gradients(grid: _Grid, given: Given, earlier: ValueGradients) -> ValueGradients:
-    mimo_x = grid.per_chunk(grid.ops.mimo_x, grid.tiling.r, grid.tiling.p)
-    out = ValueGradients(grid.sequence(grid.ops.x), mimo_x, grid.coefficient())
-    return grid.call(kernels.per_head, "ssm_value_gradients", given, out, earlier, of_head=kernels.value_gradients)
+    out = ValueGradients(grid.sequence(grid.ops.x), grid.per_rank(grid.ops.mimo_x), grid.coefficient())
+    return grid.call(kernels.value_kernel, "ssm_value_gradients", given, out, earlier)
 
 
 def _call_projection_gradients(
@@ -198,7 +199,7 @@ def _call_projection_gradients(
     """Of slabs of one width, that all turn or do not."""
     grid = grid._replace(slabs=len(slabs))
     (batch, t, h, _), (g, n) = grid.ops.x.shape, grid.ops.B.shape[2:]
-    r, s, N, w = grid.tiling.r, grid.tiling.s, grid.per_group, slabs[0].width
+    r, s, groups, N, w = grid.tiling.r, grid.tiling.s, grid.tiling.groups, grid.per_group, slabs[0].width
 
     def out(shape, block, index, length=None):
         return jax.ShapeDtypeStruct(shape, jnp.float32), pl.BlockSpec(block, grid.at_slab(index, length))
@@ -211,20 +212,19 @@ def _call_projection_gradients(
         lambda k, i, c, b: (0, i % N, b, 0, i // N, place + k),
     )
     biases = out(
-        (2, grid.rows, grid.chunks, h, r, n),
-        (2, None, grid.chunks, grid.heads, r, w),
-        lambda k, i, c, b: (0, b, 0, i, 0, place + k),
+        (2, grid.rows, grid.chunks, h, groups, r, n),
+        (2, None, grid.chunks, grid.heads, groups, r, w),
+        lambda k, i, c, b: (0, b, 0, i, 0, 0, place + k),
     )
-    every = tiles.slabs(grid.tiling, grid.blocks.turning_slab)
-
-    def of_heads(slabs: int, first: int, length: int):
-        block, shape = (None, None, grid.heads, length), (slabs, batch, h, length)
-        return out(shape, block, lambda k, i, c, b: (first + k, b, i, 0), batch)
-
-    through = of_heads(len(every), every.index(slabs[0]), grid.chunks)
+    through = out(
+        (batch, h, grid.chunks, n),
+        (None, grid.heads, grid.chunks, w),
+        lambda k, i, c, b: (b, i, 0, place + k),
+        batch,
+    )
     clock = omega = None
     if slabs[0].pair is not None:
-        clock = of_heads(len(slabs), 0, t)
+        clock = out((len(slabs), batch, h, t), (None, None, grid.heads, t), lambda k, i, c, b: (k, b, i, 0), batch)
         omega = out((N * g, grid.rows, t, s), (None, None, t, w // 2), lambda k, i, c, b: (i, b, 0, place + k))
     out = ProjectionGradients(projections, biases, through, clock, omega)
     kernel = functools.partial(kernels.projection_kernel, slabs=slabs)
@@ -279,7 +279,7 @@ def backward(
     received = Received(
         **{name: getattr(outputs, name) for name in ("cs", "entry", "scale", "gamma")},
         exit=values.exit,
-        through=of_slabs.through,
+        through=jnp.sum(of_slabs.through, axis=-1),
         clock=of_slabs.clock,
     )
     grads = Arguments(
@@ -376,7 +376,7 @@ def _gradients(grid: _Grid, dy, h0, last, dlast, segments: int, earlier: _Whole 
         angle,
         over(of_slabs.projections, 1).astype(jnp.result_type(ops.B, ops.C)),
         over(of_slabs.omega, 0),
-        over(of_slabs.biases, 1, 2),
+        over(of_slabs.biases, 1, 2, 4),
         *(over(u, 0, 1) for u in (values.mimo_x, outputs.mimo_z, outputs.mimo_o)),
     )
     outputs = outputs._replace(P=None, M=None, g=None, mimo_z=None, mimo_o=None)

@@ -50,7 +50,8 @@ class _Made(NamedTuple):
 class Received(NamedTuple):
     """Gradients: of coarse and fine alike `cs`, the others of what they are named after.
 
-    Those of through and clock come in parts, (slabs, b, h, m or t); clock is None where nothing turns.
+    `cs` lacks what a token's decays receive as the earlier of two, -scale dscale. scale and clock come in parts,
+    (parts, b, h, t); clock is None where nothing turns.
     """
 
     cs: jax.Array
@@ -94,15 +95,21 @@ def _gradient_kernel(chunk, made: _Made, received: Received, given: _Given, *, t
         rest += made.fine[:, end][:, None] - made.fine[:, tokens]
     dexit, weight = received.exit[:, tokens], _exp(tiling, rest)
     to_exit = dexit * made.exit[:, tokens]
-    dcs = received.cs[:, tokens] + received.entry[:, tokens] * made.entry[:, tokens] - to_exit
-    through = sum(received.through[k, :, chunk] for k in range(received.through.shape[0]))
-    after = jnp.sum(to_exit + dcs, axis=1) + through * made.through[:, chunk]
+    dscale, dclock = (_of_parts(u, tokens, dexit) for u in (received.scale, received.clock))
+    dcs = received.cs[:, tokens] - made.scale[:, tokens] * dscale
+    dcs += received.entry[:, tokens] * made.entry[:, tokens] - to_exit
+    after = jnp.sum(to_exit + dcs, axis=1) + received.through[:, chunk] * made.through[:, chunk]
     # The reverse cumulative sum, of which Triton has the forward one only.
     given.log_decay[tokens] = (after[:, None] - jnp.cumsum(dcs, axis=1) + dcs).T
-    given.scale[tokens] = (received.scale[:, tokens] + dexit * weight).T
+    given.scale[tokens] = (dscale + dexit * weight).T
     given.gamma[tokens] = received.gamma[:, tokens].T
-    slabs = 0 if received.clock is None else received.clock.shape[0]
-    given.clock[tokens] = sum((received.clock[k, :, tokens] for k in range(slabs)), jnp.zeros_like(dexit)).T
+    given.clock[tokens] = dclock.T
+
+
+def _of_parts(ref, tokens, like):
+    """The sum of the parts of what the tokens receive; 0 where there are none."""
+    parts = 0 if ref is None else ref.shape[0]
+    return sum((ref[k, :, tokens] for k in range(parts)), jnp.zeros_like(like))
 
 
 def _of(fields, kind):
@@ -118,9 +125,9 @@ def _call(kernel, name: str, inputs: list, out, shape: tuple[int, int, int], til
     time_major = pl.BlockSpec((None, t, heads), at(lambda i, c, b: (b, 0, i)))
 
     def head_major(array):
-        slabs = array.shape[:-3]
-        block = (*slabs, None, heads, array.shape[-1])
-        return pl.BlockSpec(block, at(lambda i, c, b: (*(0 for _ in slabs), b, i, 0)))
+        parts = array.shape[:-3]
+        block = (*parts, None, heads, array.shape[-1])
+        return pl.BlockSpec(block, at(lambda i, c, b: (*(0 for _ in parts), b, i, 0)))
 
     def specs(tree):
         if isinstance(tree, _Given):

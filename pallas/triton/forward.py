@@ -59,7 +59,7 @@ def walk(tiling: Tiling, ops: Operands, chunk_at, chunks: int, load, value, bias
             for slab, u_ in zip(slabs, u):
                 found_ref[chunk, slab.channels] = u_.astype(found_ref.dtype)
         v = value(loaded)
-        k = tiles.project(tiling, raw, bias, tiles.turns(tiling, ops, chunk), ops.x.dtype)
+        k = tiles.project(tiling, raw, bias, tiles.turns(tiling, tiles.load_angles(tiling, ops, chunk)), ops.x.dtype)
         weighted = (v.astype(jnp.float32) * tiling.of_token(weight, t0)[:, None]).astype(ops.x.dtype)
         kept = ops.through[chunk]
         return [u_ * kept + tiling.dot(k_, weighted, (0, 0)) for u_, k_ in zip(u, k)]
@@ -99,17 +99,19 @@ def _output_kernel(chunk_ref, ops: Operands, entry_ref, y_ref, *, tiling: Tiling
     h = [entry_ref[slab.channels] for slab in slabs]
     B, C = tiles.load_slabs(tiling, ops.B, t0), tiles.load_slabs(tiling, ops.C, t0)
     v = values(tiling, ops, t0)
-    turns = tiles.turns(tiling, ops, chunk)
+    z = None if ops.z is None else tiling.of_token(ops.z, t0, slice(None))
+    turns = tiles.turns(tiling, tiles.load_angles(tiling, ops, chunk))
     q = tiles.project(tiling, C, ops.C_bias, turns, v.dtype)
     k = tiles.project(tiling, B, ops.B_bias, turns, v.dtype)
     scores = sum(tiling.dot(q_, k_, (1, 1)) for q_, k_ in zip(q, k))
-    W = tiles.weights(tiling, ops, t0, tiles.later(tiling, ops, t0))
+    decays = tiles.load_decays(tiling, ops, t0)
+    W = tiles.weights(tiling, decays, tiles.later(tiling, ops, t0, decays))
     o = tiling.dot(tiles.weighted(tiling, ops, W, scores).astype(v.dtype), v)
     # The state's share and the gate last: three programs then fit the registers of a multiprocessor, instead of two.
     entry = sum(tiling.dot(q_, h_) for h_, q_ in zip(h, q))
     o = tiling.fma(tiling.of_token(ops.entry, t0)[:, None], entry, o)
-    if ops.z is not None:
-        u = gate(tiling, ops, tiling.of_token(ops.z, t0, slice(None)))
+    if z is not None:
+        u = gate(tiling, ops, z)
         o *= u * tiling.sigmoid(u)
     if ops.mimo_o is not None:
         y_ref[pl.ds(t0, tiling.c)] = tiling.per_token(o * tiling.of_rank(ops.mimo_o, slice(None))).astype(y_ref.dtype)

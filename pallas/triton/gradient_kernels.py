@@ -8,7 +8,8 @@ W Y with D added on its diagonal:
     o  = P v + entry q h          dz = dy o silu'(z)              dD = sum_i X_ii
     dq = M k + entry g h^T        dk = M^T q + exit v dS^T        dv = P^T g + exit k dS
     dentry_i = g_i.(q_i h)        dexit_j = v_j.(k_j dS)          dthrough = <dS, h>, of every slab
-    dscale_j = sum_i (E X Y)_ij   dgamma_i = (X Y)_ii             dcs_j = sum_i (E X Y scale)_ji - scale_j dscale_j
+    dscale_j = sum_i (E X Y)_ij   dgamma_i = (X Y)_ii             dcs_j = sum_i (E X Y scale)_ji - scale_j dscale_j (the
+                                                                  second term in coefficients.py)
     dtheta = q x dq + k x dk per turning pair, whose reverse cumulative sum is what each token's turn receives
 
 dB, dC and domega are summed over a program's heads in a fixed order, and over programs outside. What the coefficients
@@ -57,7 +58,7 @@ class Given(NamedTuple):
 # Where refs keep the block's heads, beside the batch; None: they are shared by the heads.
 _HEAD_AXES = dict(
     dy=1, g=1, P=0, M=0, entries=0, exits=0, later=0,
-    x=1, mimo_x=1, exit=0, z=1, mimo_z=1, mimo_o=1, entry=0, D=0, cs=0, scale=0, gamma=0,
+    x=1, mimo_x=1, exit=0, z=1, mimo_z=1, mimo_o=1, entry=0, D=0, cs=0, scale=1, gamma=0,
     projections=None, biases=2, through=0, clock=0, omega=None,
 )  # fmt: skip
 
@@ -70,23 +71,40 @@ def _at_head(refs, head):
     })  # fmt: skip
 
 
-def per_head(chunk, ops: Operands, given: Given, earlier, out, *, of_head, tiling: Tiling, heads: int):
-    """`of_head(ops, given, out, chunk, tiling)` of one chunk of one row, for `heads` heads of one group.
+def _over_turning_heads(heads: int, chunk, ops: Operands, slabs, tiling: Tiling, body, carry=None):
+    """`over_heads`, with the head's angles in every slab: body(head, chunk, angles, carry) -> carry.
 
-    `earlier` is the memory of `out` where parts or slabs before have written, and is not read.
+    What the compiler fetches ahead it asks for at the end of a head, and waits for all of it before it uses any. So
+    that angles become turns meanwhile, none of it is theirs: omega, which the heads share, stays in registers, and the
+    vectors of the next head are carried along. Of several ranks nothing is fetched ahead, and nothing carried.
     """
+    if tiling.r > 1:
 
-    def body(head, chunk, _):
-        of_head(at_head(ops, head), _at_head(given, head), _at_head(out, head), chunk, tiling)
+        def loading(head, chunk, carry):
+            return body(head, chunk, tiles.load_angles(tiling, at_head(ops, head), chunk, slabs), carry)
 
-    over_heads(heads, chunk, tiling.interpret, body)
+        return over_heads(heads, chunk, tiling.interpret, loading, carry)
+
+    def vectors(head, chunk):
+        angles = tiles.load_angles(tiling, at_head(ops, head), chunk, slabs)
+        return [None if of_slab is None else of_slab[1:] for of_slab in angles]
+
+    def carrying(head, chunk, carry):
+        carry, now = carry
+        following = vectors(jnp.minimum(head + 1, heads - 1), chunk)
+        angles = [None if omega is None else tiles.Angles(omega, *of_slab) for omega, of_slab in zip(omegas, now)]
+        return body(head, chunk, angles, carry), following
+
+    first = tiles.load_angles(tiling, at_head(ops, 0), chunk, slabs)
+    omegas = [None if of_slab is None else of_slab.omega for of_slab in first]
+    return over_heads(heads, chunk, tiling.interpret, carrying, (carry, vectors(0, chunk)))[0]
 
 
 class OutputGradients(NamedTuple):
     """What the kernel of the outputs writes; None where the operand is absent.
 
-    Sums over the tokens of a chunk (mimo_*, D) are finished outside. P, M, and mimo_* are of a part of the batch, and
-    so is g of several ranks; of one it is as large as x, whose gradient takes its place.
+    Sums over tokens (D, mimo_*) and over the groups of a tile's rows (scale) are finished outside. P, M, and mimo_* are
+    of a part of the batch, and so is g of several ranks; of one it is as large as x, whose gradient takes its place.
     """
 
     P: jax.Array  # (rows, h, m, r c, r c) in the dtype of x
@@ -95,49 +113,62 @@ class OutputGradients(NamedTuple):
     z: jax.Array | None  # (b, t, h, p)
     mimo_z: jax.Array | None  # (rows, m, h, r, p)
     mimo_o: jax.Array | None
-    D: jax.Array | None  # (b, h, m)
+    D: jax.Array | None  # (b, h, t)
     entry: jax.Array  # (b, h, t)
-    cs: jax.Array
-    scale: jax.Array
-    gamma: jax.Array
+    cs: jax.Array  # (b, h, t), without -scale dscale
+    scale: jax.Array  # (groups, b, h, t)
+    gamma: jax.Array  # (b, h, t)
 
 
-def output_gradients(ops: Operands, given: Given, out: OutputGradients, chunk, tiling: Tiling) -> None:
+def output_kernel(chunk, ops: Operands, given: Given, earlier, out: OutputGradients, *, tiling: Tiling, heads: int):
+    """One chunk of one row, for `heads` heads of one group.
+
+    `earlier` is the memory of `out` where parts before have written, and is not read.
+    """
+
+    def body(head, chunk, _):
+        _output_gradients(at_head(ops, head), _at_head(given, head), _at_head(out, head), chunk, tiling)
+
+    over_heads(heads, chunk, tiling.interpret, body)
+
+
+def _output_gradients(ops: Operands, given: Given, out: OutputGradients, chunk, tiling: Tiling) -> None:
     """One head: X and Y under their weights with their sums against the decays, then what the read receives."""
     t0 = chunk * tiling.c
     tokens, rows = pl.ds(t0, tiling.c), pl.ds(t0 * tiling.r, tiling.rows)
     dtype = ops.x.dtype
+    # First what comes from the device's memory: a load behind a barrier is waited for.
+    angles, decays = tiles.load_angles(tiling, ops, chunk), tiles.load_decays(tiling, ops, t0)
+    entry = tiling.of_token(ops.entry, t0)
     h = [given.entries[slab.channels] for slab in tiles.slabs(tiling)]
     B, C = tiles.load_slabs(tiling, ops.B, t0), tiles.load_slabs(tiling, ops.C, t0)
-    turns = tiles.turns(tiling, ops, chunk)
+    v, g = values(tiling, ops, t0), _gated(tiling, ops, given.dy, t0).g.astype(dtype)
+    turns = tiles.turns(tiling, angles)
     q = tiles.project(tiling, C, ops.C_bias, turns, dtype)
     k = tiles.project(tiling, B, ops.B_bias, turns, dtype)
-    v = values(tiling, ops, t0)
-    X = tiling.dot(_gated(tiling, ops, given.dy, t0).g.astype(dtype), v, (1, 1))
+    X = tiling.dot(g, v, (1, 1))
     Y = sum(tiling.dot(q_, k_, (1, 1)) for q_, k_ in zip(q, k))
-    E = tiles.later(tiling, ops, t0)
-    W = tiles.weights(tiling, ops, t0, E)
+    E = tiles.later(tiling, ops, t0, decays)
+    W = tiles.weights(tiling, decays, E)
     P = tiles.weighted(tiling, ops, W, Y).astype(dtype)
     out.P[...] = P
     out.M[...] = (W * X).astype(dtype)
     XY = X * Y
     EXY = E * XY
-    dscale = tiling.per_token(jnp.sum(EXY, axis=0))
-    received = tiling.per_token(jnp.sum(EXY * tiling.of_token(ops.scale, t0)[None, :], axis=1))
-    out.scale[tokens] = dscale
-    out.cs[tokens] = received - ops.scale[tokens] * dscale
+    out.scale[:, tokens] = tiling.per_token(tiling.in_groups(EXY), axis=1)
+    out.cs[tokens] = tiling.per_token(jnp.sum(EXY * decays.scale[None, :], axis=1))
     i, j = tiles.row_and_column(tiling)
     out.gamma[tokens] = tiling.per_token(jnp.sum(jnp.where(i == j, XY, 0), axis=1))
     if ops.D is not None:
         i, j = (lax.broadcasted_iota(jnp.int32, X.shape, axis) for axis in (0, 1))
-        out.D[chunk] = jnp.sum(jnp.sum(jnp.where(i == j, X, 0), axis=1))
+        out.D[tokens] = tiling.per_token(jnp.sum(jnp.where(i == j, X, 0), axis=1))
 
     o = tiling.dot(P, v)
     o_entry = sum(tiling.dot(q_, h_) for h_, q_ in zip(h, q))
     # dy and z are read again: kept from above they would fill the registers.
     gated = _gated(tiling, ops, given.dy, t0)
     out.entry[tokens] = tiling.per_token(jnp.sum(gated.g * o_entry, axis=1))
-    o = tiling.fma(tiling.of_token(ops.entry, t0)[:, None], o_entry, o)
+    o = tiling.fma(entry[:, None], o_entry, o)
     if out.g is not None:
         out.g[rows] = gated.g.astype(dtype)
     if ops.mimo_o is not None:
@@ -186,17 +217,28 @@ class ValueGradients(NamedTuple):
     exit: jax.Array  # (b, h, t)
 
 
-def value_gradients(ops: Operands, given: Given, out: ValueGradients, chunk, tiling: Tiling) -> None:
+def value_kernel(chunk, ops: Operands, given: Given, earlier, out: ValueGradients, *, tiling: Tiling, heads: int):
+    """As output_kernel."""
+
+    def body(head, chunk, angles, _):
+        _value_gradients(at_head(ops, head), _at_head(given, head), _at_head(out, head), chunk, angles, tiling)
+
+    _over_turning_heads(heads, chunk, ops, tiles.slabs(tiling), tiling, body)
+
+
+def _value_gradients(ops: Operands, given: Given, out: ValueGradients, chunk, angles, tiling: Tiling) -> None:
     """One head."""
     t0 = chunk * tiling.c
     slabs = tiles.slabs(tiling)
+    exit_ = tiling.of_token(ops.exit, t0)
+    turns = tiles.turns(tiling, angles)
     B = tiles.load_slabs(tiling, ops.B, t0)
     v = values(tiling, ops, t0)
-    k = tiles.project(tiling, B, ops.B_bias, tiles.turns(tiling, ops, chunk), v.dtype)
+    k = tiles.project(tiling, B, ops.B_bias, turns, v.dtype)
     dv = tiling.dot(given.P[...], _of_rows(tiling, given.g, chunk), (0, 0))
     k_exit = sum(tiling.dot(k_, given.exits[slab.channels]) for slab, k_ in zip(slabs, k))
     out.exit[pl.ds(t0, tiling.c)] = tiling.per_token(jnp.sum(v.astype(jnp.float32) * k_exit, axis=1))
-    dv = tiling.fma(tiling.of_token(ops.exit, t0)[:, None], k_exit, dv)
+    dv = tiling.fma(exit_[:, None], k_exit, dv)
     if ops.mimo_x is not None:
         x = tiling.of_token(ops.x, t0, slice(None)).astype(jnp.float32)
         out.mimo_x[chunk] = tiling.per_rank(dv * x)
@@ -212,13 +254,13 @@ def _of_rows(tiling: Tiling, ref, chunk, *rest):
 class ProjectionGradients(NamedTuple):
     """What the kernel of the projections writes: of all the channels of its slabs; N programs per group.
 
-    B and C, and their biases, lie in one array. Sums over the tokens of a chunk (biases) and over blocks of heads are
-    finished outside.
+    B and C, and their biases, lie in one array. Sums over the groups of a tile's rows (biases), over blocks of heads
+    and over channels (through) are finished outside.
     """
 
     projections: jax.Array  # (2, N, rows, t r, g, n) float32
-    biases: jax.Array  # (2, rows, m, h, r, n) float32
-    through: jax.Array  # (slabs, b, h, m)
+    biases: jax.Array  # (2, rows, m, h, groups, r, n) float32
+    through: jax.Array  # (b, h, m, n)
     clock: jax.Array | None  # (slabs, b, h, t); None, like the next one, where they do not turn
     omega: jax.Array | None  # (N g, rows, t, s)
 
@@ -226,54 +268,59 @@ class ProjectionGradients(NamedTuple):
 def projection_kernel(
     chunk, ops: Operands, given: Given, earlier, out: ProjectionGradients, *, tiling: Tiling, slabs, heads: int
 ):
-    """One of the slabs, for `heads` heads of one group."""
+    """As output_kernel, of one of the slabs."""
     slab = slabs[0].after(pl.program_id(0) % len(slabs)) if len(slabs) > 1 else slabs[0]
 
-    def body(head, chunk, sums):
+    def body(head, chunk, angles, sums):
         one = at_head(ops, head), _at_head(given, head), _at_head(out, head)
-        return jax.tree.map(jnp.add, sums, _projection_gradients(*one, chunk, tiling, slab))
+        return jax.tree.map(jnp.add, sums, _projection_gradients(*one, chunk, *angles, tiling, slab))
 
     def zeros(*shape):
         return jnp.zeros(shape, jnp.float32)
 
     sums = (zeros(tiling.rows, slab.width),) * 2
     sums += (None if slab.pair is None else zeros(tiling.c, slab.width // 2),)
-    dB, dC, domega = over_heads(heads, chunk, tiling.interpret, body, sums)
+    dB, dC, domega = _over_turning_heads(heads, chunk, ops, [slab], tiling, body, sums)
     rows = pl.ds(chunk * tiling.rows, tiling.rows)
     out.projections[0, rows], out.projections[1, rows] = dB, dC
     if domega is not None:
         out.omega[pl.ds(chunk * tiling.c, tiling.c)] = domega
 
 
-def _projection_gradients(ops: Operands, given: Given, out: ProjectionGradients, chunk, tiling: Tiling, slab):
+def _projection_gradients(ops: Operands, given: Given, out: ProjectionGradients, chunk, angles, tiling: Tiling, slab):
     """One head: writes what is its own, returns its shares of dB, dC and domega."""
     t0 = chunk * tiling.c
-    turn = tiles.turn(tiling, ops, chunk, slab)
+    # Asked for early: the compiler fetches ahead only what a matrix product is made of.
+    exit_, entry = tiling.of_token(ops.exit, t0), tiling.of_token(ops.entry, t0)
+    later = None if angles is None else given.later[0, slab.pairs]
+    turn = tiles.turn(tiling, angles)
     q = tiles.project_slab(tiling, slab, _of_rows(tiling, ops.C, chunk, slab.channels), turn, ops.C_bias, ops.x.dtype)
     dS = given.exits[slab.channels]
     # Decays after the products: what is multiplied then goes from memory to the tensor cores as it is.
     written = tiling.dot(values(tiling, ops, t0), dS, (1, 1))
-    dk = tiling.fma(tiling.of_token(ops.exit, t0)[:, None], written, tiling.dot(given.M[...], q, (0, 0)))
+    dk = tiling.fma(exit_[:, None], written, tiling.dot(given.M[...], q, (0, 0)))
     dB, turned = _turn_back(tiling, ops.B, ops.B_bias, dk, turn, chunk, slab)
-    out.biases[0, chunk] = tiling.per_rank(dB)
+    out.biases[0, chunk] = tiling.per_rank_in_groups(dB)
 
     k = tiles.project_slab(tiling, slab, _of_rows(tiling, ops.B, chunk, slab.channels), turn, ops.B_bias, ops.x.dtype)
     h = given.entries[slab.channels]
     seen = tiling.dot(_of_rows(tiling, given.g, chunk), h, (1, 1))
-    dq = tiling.fma(tiling.of_token(ops.entry, t0)[:, None], seen, tiling.dot(given.M[...], k))
+    dq = tiling.fma(entry[:, None], seen, tiling.dot(given.M[...], k))
     dC, also_turned = _turn_back(tiling, ops.C, ops.C_bias, dq, turn, chunk, slab)
-    out.biases[1, chunk] = tiling.per_rank(dC)
-    out.through[chunk] = jnp.sum(jnp.sum(h.astype(jnp.float32) * dS.astype(jnp.float32), axis=1))
+    out.biases[1, chunk] = tiling.per_rank_in_groups(dC)
+    out.through[chunk] = jnp.sum(h.astype(jnp.float32) * dS.astype(jnp.float32), axis=1)
     if turn is None:
         return dB, dC, None
 
     tokens = pl.ds(t0, tiling.c)
     dtheta = tiling.per_token(turned + also_turned)
     # The reverse cumulative sum, of which Triton has the forward one only.
-    after = jnp.sum(dtheta, axis=0) + given.later[0, slab.pairs]
-    received = after[None, :] - jnp.cumsum(dtheta, axis=0) + dtheta
-    out.clock[tokens] = jnp.sum(received * ops.omega[tokens, slab.pairs], axis=1)
-    return dB, dC, received * ops.clock[tokens][:, None]
+    received = (jnp.sum(dtheta, axis=0) + later)[None, :] - jnp.cumsum(dtheta, axis=0) + dtheta
+    omega, clock = angles.omega, angles.clock
+    if tiling.r > 1:
+        omega, clock = ops.omega[tokens, slab.pairs], ops.clock[tokens]
+    out.clock[tokens] = jnp.sum(received * omega, axis=1)
+    return dB, dC, received * clock[:, None]
 
 
 def _turn_back(tiling: Tiling, ref, bias_ref, du, turn, chunk, slab):

@@ -11,6 +11,7 @@ order, pairs side by side, so that a rotation stays inside a thread, and is work
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -56,14 +57,28 @@ class Tiling:
             return ref[(0, *rest)][None, :]
         return ref[(lax.broadcasted_iota(jnp.int32, (self.rows,), 0) % self.r, *rest)]
 
-    def per_token(self, u):
-        """Sum over the ranks of each token: (rows, ...) -> (c, ...)."""
-        return u if self.r == 1 else jnp.sum(u.reshape(self.c, self.r, *u.shape[1:]), axis=1)
+    def per_token(self, u, axis: int = 0):
+        """Sum over the ranks of each token: rows -> c along the axis."""
+        if self.r == 1:
+            return u
+        return jnp.sum(u.reshape(*u.shape[:axis], self.c, self.r, *u.shape[axis + 1 :]), axis=axis + 1)
+
+    @property
+    def groups(self) -> int:
+        """Groups of 16 rows, the part of a product that one warp holds: sums inside of them need no barrier. Of several
+        ranks one group, for their sums are as many times larger."""
+        return max(1, self.rows // 16) if self.r == 1 else 1
+
+    def in_groups(self, u):
+        """Sum over the rows of each group: (rows, w) -> (groups, w)."""
+        return jnp.sum(u.reshape(self.groups, self.rows // self.groups, u.shape[1]), axis=1)
+
+    def per_rank_in_groups(self, u):
+        """Sum over the tokens of each rank in a group: (rows, w) -> (groups, r, w)."""
+        return self.in_groups(u)[:, None] if self.r == 1 else self.per_rank(u)[None]
 
     def per_rank(self, u):
         """Sum over the tokens of each rank: (rows, w) -> (r, w)."""
-        if self.r == 1:
-            return jnp.sum(u, axis=0)[None, :]
         return jnp.sum(u.reshape(self.c, self.r, u.shape[1]), axis=0)
 
     def once_per_token(self, u):
@@ -146,6 +161,14 @@ def slabs(tiling: Tiling, turning_width: int = SLAB) -> tuple[Slab, ...]:
     return tuple(out)
 
 
+class Angles(NamedTuple):
+    """What the angles of a tile are made of, in one slab."""
+
+    omega: jax.Array  # (rows, width / 2)
+    clock: jax.Array  # (rows,)
+    theta0: jax.Array  # (width / 2,)
+
+
 class Turn(NamedTuple):
     """cos and sin of a tile's angles in one slab, (rows, width / 2)."""
 
@@ -153,20 +176,28 @@ class Turn(NamedTuple):
     sin: jax.Array
 
 
-def turns(tiling: Tiling, ops, chunk) -> list[Turn | None]:
-    """Each slab's rotation in a chunk."""
-    return [turn(tiling, ops, chunk, slab) for slab in slabs(tiling)]
-
-
-def turn(tiling: Tiling, ops, chunk, slab: Slab) -> Turn | None:
-    """A slab's rotation in a chunk; None where it does not turn."""
-    if slab.pair is None:
-        return None
+def load_angles(tiling: Tiling, ops, chunk, of_slabs: Sequence[Slab] | None = None) -> list[Angles | None]:
+    """Each slab's in a chunk, or those of some slabs; None where it does not turn."""
     t0 = chunk * tiling.c
-    step = tiling.of_token(ops.omega, t0, slab.pairs) * tiling.of_token(ops.clock, t0)[:, None]
+
+    def load(pairs):
+        return Angles(tiling.of_token(ops.omega, t0, pairs), tiling.of_token(ops.clock, t0), ops.theta0[chunk, pairs])
+
+    return [None if slab.pair is None else load(slab.pairs) for slab in of_slabs or slabs(tiling)]
+
+
+def turn(tiling: Tiling, angles: Angles | None) -> Turn | None:
+    """A slab's rotation; None where it does not turn."""
+    if angles is None:
+        return None
+    step = angles.omega * angles.clock[:, None]
     step = tiling.wrap(step) if tiling.precise else step
-    start = ops.theta0[chunk, slab.pairs]
-    return Turn(*tiling.cos_sin(start[None, :] + jnp.cumsum(tiling.once_per_token(step), axis=0)))
+    return Turn(*tiling.cos_sin(angles.theta0[None, :] + jnp.cumsum(tiling.once_per_token(step), axis=0)))
+
+
+def turns(tiling: Tiling, angles: list[Angles | None]) -> list[Turn | None]:
+    """Each slab's rotation."""
+    return [turn(tiling, of_slab) for of_slab in angles]
 
 
 def load_slabs(tiling: Tiling, ref, t0) -> list[jax.Array]:
@@ -210,26 +241,41 @@ def project_slab(tiling: Tiling, slab: Slab, raw: jax.Array, by: Turn | None, bi
     return rotate(tiling, biased(tiling, raw, bias_ref, slab), by).astype(dtype)
 
 
-def later(tiling: Tiling, ops, t0) -> jax.Array:
+class Decays(NamedTuple):
+    """Of each row, what W is made of; as in operands.py."""
+
+    coarse: jax.Array
+    fine: jax.Array | None
+    scale: jax.Array
+    gamma: jax.Array
+
+
+def load_decays(tiling: Tiling, ops, t0) -> Decays:
+    """Those of a tile."""
+    refs = (getattr(ops, name) for name in Decays._fields)
+    return Decays(*(None if ref is None else tiling.of_token(ref, t0) for ref in refs))
+
+
+def later(tiling: Tiling, ops, t0, decays: Decays) -> jax.Array:
     """E_ij = exp(cs_i - cs_j) where row i is later than j and of its document, else 0; (rows, rows)."""
     i, j = row_and_column(tiling)
     same = None
     if ops.segment_ids is not None:
         same = tiling.of_token(ops.segment_ids, t0)[:, None] == tiling.of_token(ops.segment_ids, t0)[None, :]
-    if ops.fine is None:
-        cs = tiling.of_token(ops.coarse, t0) * ptx.LOG2_E
+    coarse, fine = decays.coarse, decays.fine
+    if fine is None:
+        cs = coarse * ptx.LOG2_E
         exponent = cs[:, None] - cs[None, :]
     else:
-        coarse, fine = tiling.of_token(ops.coarse, t0), tiling.of_token(ops.fine, t0)
         exponent = ((coarse[:, None] - coarse[None, :]) + (fine[:, None] - fine[None, :])) * ptx.LOG2_E
     return jnp.where(i > j if same is None else (i > j) & same, tiling.exp2(exponent), 0)
 
 
-def weights(tiling: Tiling, ops, t0, E: jax.Array) -> jax.Array:
+def weights(tiling: Tiling, decays: Decays, E: jax.Array) -> jax.Array:
     """W from E, (rows, rows)."""
     i, j = row_and_column(tiling)
-    scale, gamma = tiling.of_token(ops.scale, t0), tiling.of_token(ops.gamma, t0)
-    return jnp.where(i == j, gamma[None, :], E * scale[None, :])
+    # gamma by rows, of which a thread holds fewer than columns.
+    return jnp.where(i == j, decays.gamma[:, None], E * decays.scale[None, :])
 
 
 def weighted(tiling: Tiling, ops, W: jax.Array, scores: jax.Array) -> jax.Array:
