@@ -1,5 +1,6 @@
 """What experiments/kernel_latency.py leaves behind: tables, two of them as 6 and 7 of the paper, and a figure."""
 
+import collections
 import json
 from pathlib import Path
 
@@ -85,7 +86,8 @@ def render(summary: dict) -> str:
     lines += _lengths(rows, summary["shapes"][0])
     reasons = [f"- {row['name']}: {row['reason']}" for row in rows if "reason" in row]
     reasons += [f"- {_peer_name(row)}: {row['reason']}" for row in summary["peers"] or () if "reason" in row]
-    reasons += [f"- {name}: not run" for name in summary["left"]]
+    kinds = collections.Counter(tuple(name.split(",")[:3]) for name in summary["left"])
+    reasons += [f"- {', '.join(kind)}: {count} not run" for kind, count in kinds.items()]
     if reasons:
         lines += ["## Not measured", "", *reasons, ""]
     return "\n".join(lines)
@@ -131,7 +133,7 @@ def _kernels(rows: list[dict]) -> list[str]:
         "|" + " --- |" * (3 + len(names)),
     ]
     for row in rows:
-        spent = [f"{ms:.3f} ({launches:g})" for ms, launches in (row["kernels"].get(name, (0, 0)) for name in names)]
+        spent = ["{:.3f} ({:g})".format(*row["kernels"][name]) if name in row["kernels"] else "" for name in names]
         form = _form(row["model"], row["implementation"], rows)
         lines.append(_line([WHAT[row["what"]], row["shape"], form, *spent]))
     return lines

@@ -4,7 +4,6 @@ On a CPU it is interpreted. `JAX_PLATFORMS=cuda pytest tests/kernels/test_decode
 """
 
 import functools
-import warnings
 
 import jax
 import jax.numpy as jnp
@@ -185,9 +184,7 @@ def test_lowers_for_gpus(device, variant):
     state = state._replace(ssm=state.ssm.astype(jnp.bfloat16))
     arrays, static = split_static(token(args) | dict(state=state))
     mesh = AbstractMesh((), (), abstract_device=AbstractDevice(device, num_cores=None, platform="gpu"))
-    with jax.sharding.use_abstract_mesh(mesh), warnings.catch_warnings():
-        # JAX means to move Pallas on GPUs to Mosaic, and says so at each lowering; pyproject caps jax until then.
-        warnings.filterwarnings("ignore", "The Pallas Triton backend is deprecated", DeprecationWarning)
+    with jax.sharding.use_abstract_mesh(mesh):
         traced = jax.jit(functools.partial(decode, **static)).trace(**arrays)
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("stablehlo.custom_call @__gpu$xla.gpu.triton") == 1

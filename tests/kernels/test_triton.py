@@ -7,7 +7,6 @@ import contextlib
 import dataclasses
 import functools
 import re
-import warnings
 
 import chex
 import jax
@@ -462,12 +461,10 @@ def test_lowers_for_gpus(device, capability, kwargs, dtype):
     wide = ("dt", "A", "lam", "omega")
     shapes = {k: u if k in wide else jax.ShapeDtypeStruct(u.shape, dtype) for k, u in shapes.items()}
     mesh = AbstractMesh((), (), abstract_device=AbstractDevice(device, num_cores=None, platform="gpu"))
-    with pytest.MonkeyPatch.context() as patch, jax.sharding.use_abstract_mesh(mesh), warnings.catch_warnings():
+    with pytest.MonkeyPatch.context() as patch, jax.sharding.use_abstract_mesh(mesh):
         blocks = default_block_sizes(sizes.get("r", 1), sizes["p"], sizes["n"], dtype, capability)
         patch.setattr(api, "triton", functools.partial(triton, blocks=blocks))
         patch.setattr(api, "_platform", lambda: "cuda")
-        # JAX means to move Pallas on GPUs to Mosaic, and says so at each lowering; pyproject caps jax until then.
-        warnings.filterwarnings("ignore", "The Pallas Triton backend is deprecated", DeprecationWarning)
         traced = jax.jit(jax.value_and_grad(sharded_loss(static), has_aux=True)).trace(shapes)
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
     names = set(re.findall(r'name = "(ssm_\w+)"', text))
@@ -479,9 +476,8 @@ def test_layers_of_one_shape_share_their_kernels():
     """Traced and lowered once, however many there are: it is most of what JAX does before the compiler."""
     shapes = jax.eval_shape(lambda: split_static(make(64, h=2, p=64, n=64, s=16))[0])
     mesh = AbstractMesh((), (), abstract_device=AbstractDevice("NVIDIA H100 80GB HBM3", num_cores=None, platform="gpu"))
-    with pytest.MonkeyPatch.context() as patch, jax.sharding.use_abstract_mesh(mesh), warnings.catch_warnings():
+    with pytest.MonkeyPatch.context() as patch, jax.sharding.use_abstract_mesh(mesh):
         patch.setattr(api, "_platform", lambda: "cuda")
-        warnings.filterwarnings("ignore", "The Pallas Triton backend is deprecated", DeprecationWarning)
         two = jax.jit(lambda a: ssm(**(a | dict(x=ssm(**a)[0])))[0])
         text = two.trace(shapes).lower(lowering_platforms=("cuda",)).as_text()
     assert text.count('name = "ssm_outputs"') == 1
