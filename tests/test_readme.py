@@ -158,8 +158,20 @@ def test_decode_times_are_the_committed_ones():
         assert rows[name] == [found[f"mamba3-{name.lower()}-1.5b", b, "1", dtype] for b, dtype in batches]
 
 
-def test_times_of_the_gpu_kernels_are_the_committed_ones():
-    summary = json.loads(_committed("results/kernel_latency/summary.json"))
+GPU_COLUMNS = dict(
+    triton=("triton",),
+    chunked=("chunked",),
+    official=("mamba_ssm (Triton)", "mamba_ssm (TileLang)"),
+    linear=("jax-linear-attention 0.1.0",),
+)
+
+
+@pytest.mark.parametrize(
+    "table, folder, columns",
+    [(1, "kernel_latency", tuple(GPU_COLUMNS)), (2, "kernel_latency_h200", ("triton", "official"))],
+)
+def test_times_of_the_gpu_kernels_are_the_committed_ones(table, folder, columns):
+    summary = json.loads(_committed(f"results/{folder}/summary.json"))
     figures = {}
     for row in summary["rows"] + summary["peers"]:
         if "ms" in row:
@@ -170,10 +182,9 @@ def test_times_of_the_gpu_kernels_are_the_committed_ones():
             by = row.get("implementation") or row["peer"]
             assert by not in figures.setdefault(place, {}), (by, place)
             figures[place][by] = f"{row['ms']:.3g}{shown}"
-    columns = ("triton",), ("chunked",), ("mamba_ssm (Triton)", "mamba_ssm (TileLang)"), ("jax-linear-attention 0.1.0",)
     whats = {"forward": "forward", "forward + backward": "forward_backward", "decode step": "decode"}
     found = 0
-    for name, *cells in _tables(README.split("| ms; memory, GB |")[1].split("\n\n")[0]):
+    for name, *cells in _tables(README.split("| ms; memory, GB |")[table].split("\n\n")[0]):
         what, *options = name.split(", ")
         if what not in whats:
             continue
@@ -182,7 +193,8 @@ def test_times_of_the_gpu_kernels_are_the_committed_ones():
         state = next((option.split()[0] for option in options if option.endswith(" state")), None)
         model = "mimo" if "MIMO r=4" in options else "siso"
         place = whats[what], model, " ".join(f"{letter}={size}" for letter, size in sizes.items()), state
-        ours = [next((figures[place][by] for by in of if by in figures[place]), "-") for of in columns]
+        of_columns = (GPU_COLUMNS[column] for column in columns)
+        ours = [next((figures[place][by] for by in names if by in figures[place]), "-") for names in of_columns]
         assert cells == ours, name
         found += 1
     assert found == 9
