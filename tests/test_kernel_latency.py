@@ -120,6 +120,7 @@ def test_rows_resume_and_the_report_holds_every_table(tmp_path):
     assert 1e-4 < by_what["accuracy"]["errors"]["y"] < 2e-2
     assert run(tmp_path, "--measure=false", f"--peers={peers}") == 0
     report = (tmp_path / "report.md").read_text()
+    assert "- forward, mimo, chunked: 1 not run" in report and "siso, chunked: " not in report
     for part in (
         "## Forward and backward passes",
         "(table 6)",

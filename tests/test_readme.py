@@ -99,12 +99,19 @@ def test_what_is_said_of_retrieval_is_what_the_report_says():
     noisy = {name: scores for name, _, *scores in _tables(noise)}
     said = [", ".join(noisy[name]) for name in ("Mamba-3", "Mamba-2", "attention, RoPE")]
     assert "Mamba-3 then has {}%, Mamba-2 {} and attention {}".format(*said) in text
-    words = {(cells[0], cells[1]): cells[2:] for cells in _tables(report) if cells[1:2] in (["1"], ["layers"])}
+    words = {(cells[0], cells[1]): cells[2:] for cells in _tables(report) if cells[1:2] in (["1"], ["4"], ["layers"])}
     heads = words["model", "layers"]
     models = ("Gated DeltaNet", "Mamba-3", "Mamba-3, MIMO", "Mamba-2")
     s3 = [f"{words[name, '1'][heads.index('S3, 16')]}%" for name in models]
     assert "multiplies {} rightly, and Mamba-3 {}, MIMO {} and Mamba-2 {}".format(*s3) in text
     assert f"than {words['Mamba-3', '1'][heads.index('Z60, 16')]}% for Mamba-3" in text
+    deep = {name: dict(zip(heads, words[name, "4"])) for name in ("Mamba-3", "attention, RoPE")}
+    ours, theirs = deep.values()
+    lengths = ("S3, 16", "S3, 32 (trained)", "S3, 64")
+    assert "Mamba-3 multiplies {}% of 16 elements rightly, {} of 32 and {} of 64".format(*map(ours.get, lengths)) in text
+    assert "attention {}, {} and no more".format(*map(theirs.get, lengths)) in text
+    z60 = theirs["Z60, 16"], theirs["Z60, 32 (trained)"]
+    assert "of Z60 attention has {} and {}% of 16 and 32".format(*z60) in text
 
 
 def test_what_a_sweep_gains_is_what_the_report_says():
@@ -167,10 +174,10 @@ GPU_COLUMNS = dict(
 
 
 @pytest.mark.parametrize(
-    "table, folder, columns",
-    [(1, "kernel_latency", tuple(GPU_COLUMNS)), (2, "kernel_latency_h200", ("triton", "official"))],
+    "table, folder, columns, missing",
+    [(1, "kernel_latency", tuple(GPU_COLUMNS), "-"), (2, "kernel_latency_h200", ("triton", "official"), "not run")],
 )
-def test_times_of_the_gpu_kernels_are_the_committed_ones(table, folder, columns):
+def test_times_of_the_gpu_kernels_are_the_committed_ones(table, folder, columns, missing):
     summary = json.loads(_committed(f"results/{folder}/summary.json"))
     figures = {}
     for row in summary["rows"] + summary["peers"]:
@@ -194,10 +201,37 @@ def test_times_of_the_gpu_kernels_are_the_committed_ones(table, folder, columns)
         model = "mimo" if "MIMO r=4" in options else "siso"
         place = whats[what], model, " ".join(f"{letter}={size}" for letter, size in sizes.items()), state
         of_columns = (GPU_COLUMNS[column] for column in columns)
-        ours = [next((figures[place][by] for by in names if by in figures[place]), "-") for names in of_columns]
+        ours = [next((figures[place][by] for by in names if by in figures[place]), missing) for names in of_columns]
         assert cells == ours, name
         found += 1
     assert found == 9
+
+
+def test_what_is_said_of_the_gpu_kernels_is_what_was_measured():
+    """How much longer the official kernels take, what part of a copy's rate decode steps reach, and the errors."""
+    folder, text = "results/kernel_latency_h200", " ".join(README.split())
+    summary = json.loads(_committed(f"{folder}/summary.json"))
+    rows = {(row["what"], row["model"], row["shape"], row["state_dtype"]): row for row in summary["rows"]}
+    ratios = [
+        f"{peer['ms'] / rows[peer['what'], peer['model'], peer['shape'], 'float32']['ms']:.2f}"
+        for peer in summary["peers"]
+    ]
+    assert "forward pass takes {} times as long, with its backward pass {} times".format(*ratios) in text
+    copy = next(row for row in summary["rows"] if row["model"] == "copy")
+    rate = copy["bytes"] / copy["ms"]
+    steps = {key[1:]: row for key, row in rows.items() if key[0] == "decode"}
+    parts = {key: f"{100 * row['bytes'] / row['ms'] / rate:.0f}" for key, row in steps.items()}
+    shape = "b=128 t=1 h=64 p=64 n={} g=1".format
+    mimo = [parts["mimo", shape(n), dtype] for dtype in ("float32", "bfloat16") for n in (128, 64)]
+    assert "reaches {} and {}% with float32 states, {} and {}% with bfloat16 ones".format(*mimo) in text
+    siso = sorted(int(part) for (model, *_), part in parts.items() if model == "siso")
+    assert f"bfloat16 states ({siso[0]}%)" in text and siso[1] >= 99
+    lines = map(json.loads, _committed(f"{folder}/metrics.jsonl").splitlines())
+    errors: dict[str, float] = {}
+    for row in lines:
+        errors[row["dtype"]] = max([errors.get(row["dtype"], 0.0), *row.get("errors", {}).values()])
+    assert 0.008 < errors["bfloat16"] < 0.0081 and "were within 0.0081 of that recurrence" in text
+    assert errors["float32"] < 6e-7 and "found at most 6e-7" in text
 
 
 def test_rates_and_seconds_of_generation_are_the_committed_ones():

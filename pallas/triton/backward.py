@@ -190,7 +190,7 @@ def _call_output_gradients(grid: _Grid, given: Given, earlier: OutputGradients |
 
 def _call_value_gradients(grid: _Grid, given: Given, earlier: ValueGradients) -> ValueGradients:
     out = ValueGradients(grid.sequence(grid.ops.x), grid.per_rank(grid.ops.mimo_x), grid.coefficient())
-    return grid.call(kernels.value_kernel, "ssm_value_gradients", given, out, earlier)
+    return grid.call(kernels.value_kernel, "ssm_value_gradients", given, out, earlier, ahead=grid.blocks.stages > 1)
 
 
 def _call_projection_gradients(
@@ -228,7 +228,7 @@ def _call_projection_gradients(
         omega = out((N * g, grid.rows, t, s), (None, None, t, w // 2), lambda k, i, c, b: (i, b, 0, place + k))
     out = ProjectionGradients(projections, biases, through, clock, omega)
     kernel = functools.partial(kernels.projection_kernel, slabs=slabs)
-    return grid.call(kernel, "ssm_projection_gradients", given, out, earlier)
+    return grid.call(kernel, "ssm_projection_gradients", given, out, earlier, ahead=grid.blocks.stages > 1)
 
 
 def _turned(entries, exits, h0, last, dh0, dlast, tiling: Tiling) -> tuple[jax.Array, jax.Array]:

@@ -8,13 +8,12 @@ W Y with D added on its diagonal:
     o  = P v + entry q h          dz = dy o silu'(z)              dD = sum_i X_ii
     dq = M k + entry g h^T        dk = M^T q + exit v dS^T        dv = P^T g + exit k dS
     dentry_i = g_i.(q_i h)        dexit_j = v_j.(k_j dS)          dthrough = <dS, h>, of every slab
-    dscale_j = sum_i (E X Y)_ij   dgamma_i = (X Y)_ii             dcs_j = sum_i (E X Y scale)_ji - scale_j dscale_j (the
-                                                                  second term in coefficients.py)
+    dscale_j = sum_i (E X Y)_ij   dgamma_i = (X Y)_ii             dcs_j = sum_i (E X Y scale)_ji - scale_j dscale_j
     dtheta = q x dq + k x dk per turning pair, whose reverse cumulative sum is what each token's turn receives
 
 dB, dC and domega are summed over a program's heads in a fixed order, and over programs outside. What the coefficients
-receive is handed on by a kernel of coefficients.py; what a turn receives from later chunks is read off the states
-(backward.py, `_turned`).
+receive, dcs without its second term, is handed on by a kernel of coefficients.py, which adds it; what a turn receives
+from later chunks is read off the states (backward.py, `_turned`).
 """
 
 from typing import NamedTuple
@@ -71,40 +70,45 @@ def _at_head(refs, head):
     })  # fmt: skip
 
 
-def _over_turning_heads(heads: int, chunk, ops: Operands, slabs, tiling: Tiling, body, carry=None):
+def _over_turning_heads(heads: int, chunk, ops: Operands, slabs, tiling: Tiling, ahead: bool, body, carry=None):
     """`over_heads`, with the head's angles in every slab: body(head, chunk, angles, carry) -> carry.
 
-    What the compiler fetches ahead it asks for at the end of a head, and waits for all of it before it uses any. So
+    What the compiler fetches `ahead` it asks for at the end of a head, and waits for all of it before it uses any. So
     that angles become turns meanwhile, none of it is theirs: omega, which the heads share, stays in registers, and the
-    vectors of the next head are carried along. Of several ranks nothing is fetched ahead, and nothing carried.
+    vectors of the next head are carried along. Where nothing is fetched ahead that would only fill the registers.
     """
-    if tiling.r > 1:
+    if not ahead:
 
         def loading(head, chunk, carry):
             return body(head, chunk, tiles.load_angles(tiling, at_head(ops, head), chunk, slabs), carry)
 
         return over_heads(heads, chunk, tiling.interpret, loading, carry)
 
+    def omega(slab):
+        return None if slab.pair is None else tiling.of_token(ops.omega, chunk * tiling.c, slab.pairs)
+
     def vectors(head, chunk):
-        angles = tiles.load_angles(tiling, at_head(ops, head), chunk, slabs)
-        return [None if of_slab is None else of_slab[1:] for of_slab in angles]
+        """(clock, theta0) of every slab."""
+        of, t0 = at_head(ops, head), chunk * tiling.c
+        return [None if slab.pair is None else (tiling.of_token(of.clock, t0), of.theta0[chunk, slab.pairs])
+                for slab in slabs]  # fmt: skip
 
     def carrying(head, chunk, carry):
         carry, now = carry
         following = vectors(jnp.minimum(head + 1, heads - 1), chunk)
-        angles = [None if omega is None else tiles.Angles(omega, *of_slab) for omega, of_slab in zip(omegas, now)]
+        angles = [None if own is None else tiles.Angles(shared, *own) for shared, own in zip(omegas, now)]
         return body(head, chunk, angles, carry), following
 
-    first = tiles.load_angles(tiling, at_head(ops, 0), chunk, slabs)
-    omegas = [None if of_slab is None else of_slab.omega for of_slab in first]
+    omegas = [omega(slab) for slab in slabs]
     return over_heads(heads, chunk, tiling.interpret, carrying, (carry, vectors(0, chunk)))[0]
 
 
 class OutputGradients(NamedTuple):
     """What the kernel of the outputs writes; None where the operand is absent.
 
-    Sums over tokens (D, mimo_*) and over the groups of a tile's rows (scale) are finished outside. P, M, and mimo_* are
-    of a part of the batch, and so is g of several ranks; of one it is as large as x, whose gradient takes its place.
+    Sums over tokens (D), over the groups of a tile's rows (scale) and over chunks and rows (mimo_*) are finished
+    outside. P, M, and mimo_* are of a part of the batch, and so is g of several ranks; of one it is as large as x,
+    whose gradient takes its place.
     """
 
     P: jax.Array  # (rows, h, m, r c, r c) in the dtype of x
@@ -209,7 +213,7 @@ def _gated(tiling: Tiling, ops: Operands, dy_ref, t0) -> _Gated:
 class ValueGradients(NamedTuple):
     """What the kernel of the values writes; None where the operand is absent.
 
-    Sums over the tokens of a chunk (mimo_x) are finished outside.
+    Sums over chunks and rows (mimo_x) are finished outside.
     """
 
     x: jax.Array  # (b, t, h, p)
@@ -217,13 +221,15 @@ class ValueGradients(NamedTuple):
     exit: jax.Array  # (b, h, t)
 
 
-def value_kernel(chunk, ops: Operands, given: Given, earlier, out: ValueGradients, *, tiling: Tiling, heads: int):
-    """As output_kernel."""
+def value_kernel(
+    chunk, ops: Operands, given: Given, earlier, out: ValueGradients, *, tiling: Tiling, heads: int, ahead: bool
+):
+    """As output_kernel; `ahead` as in `_over_turning_heads`."""
 
     def body(head, chunk, angles, _):
         _value_gradients(at_head(ops, head), _at_head(given, head), _at_head(out, head), chunk, angles, tiling)
 
-    _over_turning_heads(heads, chunk, ops, tiles.slabs(tiling), tiling, body)
+    _over_turning_heads(heads, chunk, ops, tiles.slabs(tiling), tiling, ahead, body)
 
 
 def _value_gradients(ops: Operands, given: Given, out: ValueGradients, chunk, angles, tiling: Tiling) -> None:
@@ -254,8 +260,8 @@ def _of_rows(tiling: Tiling, ref, chunk, *rest):
 class ProjectionGradients(NamedTuple):
     """What the kernel of the projections writes: of all the channels of its slabs; N programs per group.
 
-    B and C, and their biases, lie in one array. Sums over the groups of a tile's rows (biases), over blocks of heads
-    and over channels (through) are finished outside.
+    B and C, and their biases, lie in one array. Sums over blocks of heads (projections, omega), over the groups of a
+    tile's rows, chunks and rows (biases), over channels (through) and over slabs (clock) are finished outside.
     """
 
     projections: jax.Array  # (2, N, rows, t r, g, n) float32
@@ -266,21 +272,31 @@ class ProjectionGradients(NamedTuple):
 
 
 def projection_kernel(
-    chunk, ops: Operands, given: Given, earlier, out: ProjectionGradients, *, tiling: Tiling, slabs, heads: int
+    chunk,
+    ops: Operands,
+    given: Given,
+    earlier,
+    out: ProjectionGradients,
+    *,
+    tiling: Tiling,
+    slabs,
+    heads: int,
+    ahead: bool,
 ):
-    """As output_kernel, of one of the slabs."""
+    """As value_kernel, of one of the slabs; into `earlier` also those of the other kind have written."""
     slab = slabs[0].after(pl.program_id(0) % len(slabs)) if len(slabs) > 1 else slabs[0]
 
     def body(head, chunk, angles, sums):
         one = at_head(ops, head), _at_head(given, head), _at_head(out, head)
-        return jax.tree.map(jnp.add, sums, _projection_gradients(*one, chunk, *angles, tiling, slab))
+        [of_slab] = angles
+        return jax.tree.map(jnp.add, sums, _projection_gradients(*one, chunk, of_slab, tiling, slab))
 
     def zeros(*shape):
         return jnp.zeros(shape, jnp.float32)
 
     sums = (zeros(tiling.rows, slab.width),) * 2
     sums += (None if slab.pair is None else zeros(tiling.c, slab.width // 2),)
-    dB, dC, domega = _over_turning_heads(heads, chunk, ops, [slab], tiling, body, sums)
+    dB, dC, domega = _over_turning_heads(heads, chunk, ops, [slab], tiling, ahead, body, sums)
     rows = pl.ds(chunk * tiling.rows, tiling.rows)
     out.projections[0, rows], out.projections[1, rows] = dB, dC
     if domega is not None:

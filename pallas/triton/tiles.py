@@ -6,7 +6,7 @@
 
 All of it is section 3 of arXiv:2603.15569 with the letters of mamba3_jax/ops/api.py; `cs` is the inclusive cumulative
 sum of the log decay inside the tile. What depends on it alone is made outside (coefficients.py): a vector that is
-loaded where it is used costs less than one handed from one layout of registers to the next. The state axis is in kernel
+loaded costs less than one that is made and handed from one layout of registers to the next. The state axis is in kernel
 order, pairs side by side, so that a rotation stays inside a thread, and is worked on in slabs of at most 64 channels.
 """
 
@@ -65,9 +65,9 @@ class Tiling:
 
     @property
     def groups(self) -> int:
-        """Groups of 16 rows, the part of a product that one warp holds: sums inside of them need no barrier. Of several
-        ranks one group, for their sums are as many times larger."""
-        return max(1, self.rows // 16) if self.r == 1 else 1
+        """Groups of 16 rows, as many of a product by four warps as one warp holds of a tile of 64: a sum over a group
+        needs no barrier. Of several ranks one group, for their sums are as many times larger."""
+        return self.rows // 16 if self.r == 1 else 1
 
     def in_groups(self, u):
         """Sum over the rows of each group: (rows, w) -> (groups, w)."""

@@ -130,18 +130,18 @@ def test_slabs_and_programs_of_the_gradients_add_up(kwargs):
 
 
 @pytest.mark.parametrize(
-    "kwargs, segments, programs, at_once",
+    "kwargs, rows, segments, programs, at_once",
     [
-        (dict(g=2, h=4), 1, 4, 1),
-        (dict(r=2, mimo=True), 1, 4, 2),
-        (dict(rotation="none", bare=True, gate=False), 1, 2, 1),
-        (dict(packed=True), 2, 8, 2),
-        (dict(r=1, mimo=True, gate=False), 1, 2, 1),
-        (dict(s=16, h=4), 1, 4, 1),
+        (dict(g=2, h=4), 32, 1, 4, 1),
+        (dict(r=2, mimo=True), 16, 1, 4, 2),
+        (dict(rotation="none", bare=True, gate=False), 16, 1, 2, 1),
+        (dict(packed=True), 16, 2, 8, 2),
+        (dict(r=1, mimo=True, gate=False), 16, 1, 2, 1),
+        (dict(s=16, h=4), 16, 1, 4, 1),
     ],
     ids=["siso", "mimo", "no rotation, no D, no gate", "siso packed", "mimo of rank 1, no gate", "two turning slabs"],
 )
-def test_gradients_of_a_few_rows_after_those_of_others(kwargs, segments, programs, at_once):
+def test_gradients_of_a_few_rows_after_those_of_others(kwargs, rows, segments, programs, at_once):
     """Of one row of four at once, or of two: arrays of the whole batch and those of a part, whose rows begin at 0."""
     args = arguments(b=4, **kwargs)
     state = random_state(args)
@@ -152,7 +152,7 @@ def test_gradients_of_a_few_rows_after_those_of_others(kwargs, segments, program
         return whole(grid, given, earlier)
 
     cuts = dict(programs=programs, turning_slab=16, heads=2)
-    with interpreted(rows=16, segments=segments, **cuts), pytest.MonkeyPatch.context() as patch:
+    with interpreted(rows=rows, segments=segments, **cuts), pytest.MonkeyPatch.context() as patch:
         patch.setattr(backward, "_call_value_gradients", noted)
         *_, gradients = values_and_gradients(args, state, implementation="triton")
     assert cut == [(first, at_once, first == 0) for first in range(0, 4, at_once)]
@@ -445,8 +445,14 @@ def test_inside_a_shard_map_and_a_vmap():
 
 @pytest.mark.parametrize(
     "kwargs, dtype",
-    [(dict(), jnp.bfloat16), (dict(r=4, mimo=True), jnp.bfloat16), (dict(p=16, n=64, s=16), jnp.float32)],
-    ids=["siso", "mimo", "siso float32 of a sweep"],
+    [
+        (dict(), jnp.bfloat16),
+        (dict(s=64, gate=False), jnp.bfloat16),
+        (dict(r=4, mimo=True), jnp.bfloat16),
+        (dict(r=8, mimo=True, g=4, reduce=False), jnp.bfloat16),
+        (dict(p=16, n=64, s=16), jnp.float32),
+    ],
+    ids=["siso", "siso, all turn, no gate", "mimo", "mimo rank 8, groups, ranks kept", "siso float32 of a sweep"],
 )
 @pytest.mark.parametrize(
     "device, capability",
