@@ -107,11 +107,11 @@ def test_what_is_said_of_retrieval_is_what_the_report_says():
     assert f"than {words['Mamba-3', '1'][heads.index('Z60, 16')]}% for Mamba-3" in text
     deep = {name: dict(zip(heads, words[name, "4"])) for name in ("Mamba-3", "attention, RoPE")}
     ours, theirs = deep.values()
-    ours, theirs_of_s3 = ([scores[f"S3, {n}"] for n in ("16", "32 (trained)", "64")] for scores in (ours, theirs))
-    assert "Mamba-3 multiplies {}% of 16 elements rightly, {} of 32 and {} of 64".format(*ours) in text
-    assert "attention {}, {} and no more".format(*theirs_of_s3) in text
-    z60 = theirs["Z60, 16"], theirs["Z60, 32 (trained)"]
-    assert "of Z60 attention has {} and {}% of 16 and 32".format(*z60) in text
+    of = {group: [[scores[f"{group}, {n}"] for n in ("16", "32 (trained)", "64")] for scores in (ours, theirs)]
+          for group in ("S3", "Z60")}  # fmt: skip
+    assert "Mamba-3 multiplies {}% of 16 elements rightly, {} of 32 and {} of 64".format(*of["S3"][0]) in text
+    assert "attention {}, {} and no more".format(*of["S3"][1]) in text
+    assert "Mamba-3 has {}, {} and {}%, attention {}, {} and {}.".format(*of["Z60"][0], *of["Z60"][1]) in text
 
 
 def test_what_a_sweep_gains_is_what_the_report_says():
