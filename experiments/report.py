@@ -238,7 +238,10 @@ def _plot_turns(axis, symbols: tuple[str, ...], turns: np.ndarray) -> None:
                 x + jitter, half_turns, markers[layer % len(markers)], markersize=5, markerfacecolor="none",
                 color=str(0.5 * layer / max(1, len(turns) - 1)), label=f"layer {layer + 1}" if x == 0 else None,
             )  # fmt: skip
-    axis.set_xticks(range(len(used)), [symbols[i] for i in used])
+    # Where names would run into one another only every second, third, ... token's; the axis is some 45 letters wide.
+    names = [symbols[i] for i in used]
+    every = max(1, math.ceil(sum(1 + len(name) for name in names) / 45))
+    axis.set_xticks(range(0, len(used), every), names[::every])
     axis.set(xlabel="token", ylabel="mean turn per token, half turns", ylim=(-0.55, 1.55))
     axis.set_title("learned rotation, one mark per head and pair")
     axis.legend(loc="center", fontsize=8)
