@@ -1,5 +1,6 @@
 """What a sweep leaves behind: summary.json, a figure, and a report that names every deviation from a protocol."""
 
+import math
 from pathlib import Path
 
 import jax

@@ -478,6 +478,21 @@ def test_turns_by_token_are_the_models_own():
     assert np.isnan(turns[0, 0]).all()
 
 
+@pytest.mark.parametrize("task", ["parity", "modular_arithmetic_brackets", "S5", "Z60"])
+def test_names_of_tokens_do_not_run_into_one_another(task):
+    """Under the figure of the turns, however many tokens there are; of a few none is left out."""
+    symbols = get_task(task).symbols
+    figure, (_, axis) = report.plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    report._plot_turns(axis, symbols, np.zeros((1, len(symbols), 1)))
+    figure.canvas.draw()
+    labels = axis.get_xticklabels()
+    boxes = [label.get_window_extent() for label in labels]
+    report.plt.close(figure)
+    assert all(left.x1 < right.x0 for left, right in zip(boxes, boxes[1:]))
+    if len(symbols) < 15:
+        assert [label.get_text() for label in labels] == list(symbols)
+
+
 def test_the_selected_model_is_kept_and_scores_what_the_report_says(finished):
     values = yaml.safe_load((finished / "config.yaml").read_text())
     config, _ = command.from_dict(cell.Config, values, "config")
