@@ -161,10 +161,9 @@ class _Grid(NamedTuple):
         """(rows, m, h, r, p), or None without the operand."""
         if operand is None:
             return None
-        shape = self.tiling.r, self.tiling.p
-        index = self.at(lambda i, c, b: (b, 0, i, *(0 for _ in shape)))
-        spec = pl.BlockSpec((None, self.chunks, self.heads, *shape), index)
-        return jax.ShapeDtypeStruct((self.rows, self.chunks, self.ops.x.shape[2], *shape), jnp.float32), spec
+        r, p = self.tiling.r, self.tiling.p
+        spec = pl.BlockSpec((None, self.chunks, self.heads, r, p), self.at(lambda i, c, b: (b, 0, i, 0, 0)))
+        return jax.ShapeDtypeStruct((self.rows, self.chunks, self.ops.x.shape[2], r, p), jnp.float32), spec
 
 
 def _call_output_gradients(grid: _Grid, given: Given, earlier: OutputGradients | None) -> OutputGradients:

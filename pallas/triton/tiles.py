@@ -65,8 +65,8 @@ class Tiling:
 
     @property
     def groups(self) -> int:
-        """Groups of 16 rows, as many of a product by four warps as one warp holds of a tile of 64: a sum over a group
-        needs no barrier. Of several ranks one group, for their sums are as many times larger."""
+        """Groups of 16 rows: of a tile of 64 what each of four warps holds of a product, so that no warp waits for
+        others to sum over a group. Of several ranks one group, for their sums are as many times larger."""
         return self.rows // 16 if self.r == 1 else 1
 
     def in_groups(self, u):

@@ -130,19 +130,22 @@ def test_slabs_and_programs_of_the_gradients_add_up(kwargs):
 
 
 @pytest.mark.parametrize(
-    "kwargs, rows, segments, programs, at_once",
+    "kwargs, rows, stages, segments, programs, at_once",
     [
-        (dict(g=2, h=4), 32, 1, 4, 1),
-        (dict(r=2, mimo=True), 16, 1, 4, 2),
-        (dict(rotation="none", bare=True, gate=False), 16, 1, 2, 1),
-        (dict(packed=True), 16, 2, 8, 2),
-        (dict(r=1, mimo=True, gate=False), 16, 1, 2, 1),
-        (dict(s=16, h=4), 16, 1, 4, 1),
+        (dict(g=2, h=4), 32, 2, 1, 4, 1),
+        (dict(r=2, mimo=True), 16, 1, 1, 4, 2),
+        (dict(rotation="none", bare=True, gate=False), 16, 2, 1, 2, 1),
+        (dict(packed=True), 16, 2, 2, 8, 2),
+        (dict(r=1, mimo=True, gate=False), 16, 2, 1, 2, 1),
+        (dict(s=16, h=4), 16, 1, 1, 4, 1),
     ],
     ids=["siso", "mimo", "no rotation, no D, no gate", "siso packed", "mimo of rank 1, no gate", "two turning slabs"],
 )
-def test_gradients_of_a_few_rows_after_those_of_others(kwargs, rows, segments, programs, at_once):
-    """Of one row of four at once, or of two: arrays of the whole batch and those of a part, whose rows begin at 0."""
+def test_gradients_of_a_few_rows_after_those_of_others(kwargs, rows, stages, segments, programs, at_once):
+    """Of one row of four at once, or of two: arrays of the whole batch and those of a part, whose rows begin at 0.
+
+    Of one stage nothing is carried from one head of a program to the next.
+    """
     args = arguments(b=4, **kwargs)
     state = random_state(args)
     cut, whole = [], backward._call_value_gradients
@@ -151,7 +154,7 @@ def test_gradients_of_a_few_rows_after_those_of_others(kwargs, rows, segments, p
         cut.append((grid.first, len(given.P), earlier.exit is None))
         return whole(grid, given, earlier)
 
-    cuts = dict(programs=programs, turning_slab=16, heads=2)
+    cuts = dict(stages=stages, programs=programs, turning_slab=16, heads=2)
     with interpreted(rows=rows, segments=segments, **cuts), pytest.MonkeyPatch.context() as patch:
         patch.setattr(backward, "_call_value_gradients", noted)
         *_, gradients = values_and_gradients(args, state, implementation="triton")
