@@ -152,7 +152,8 @@ def ssm(
     )
     match picked:
         case "triton":
-            y, state = triton(inputs, state, D=D, z=z, mimo_z=mimo_z, mimo_o=mimo_o)
+            before = None if initial_state is None else state
+            y, state = triton(inputs, before, D=D, z=z, mimo_z=mimo_z, mimo_o=mimo_o)
         case "tpu":
             y, state = tpu(inputs, state, D=D, z=z, mimo_z=mimo_z, mimo_o=mimo_o)
         case "recurrent":

@@ -50,7 +50,7 @@ def refusal(x: Array, B: Array, C: Array, omega: Array | None, z: Array | None) 
 
 def triton(
     inputs: Inputs,
-    state: SSMState,
+    state: SSMState | None,
     *,
     D: Float[Array, " h"] | None,
     z: Float[Array, "b t h p"] | None,
@@ -63,7 +63,8 @@ def triton(
     """The operator with its skip, gate and contraction of ranks, of arguments without a `refusal`.
 
     Args:
-        inputs, state: prepared, with neighbouring pairs on the state axis (`rotation.to_interleaved`).
+        inputs, state: prepared, with neighbouring pairs on the state axis (`rotation.to_interleaved`). Without a state,
+            which is one of zeros, nothing is read of it.
         D, z, mimo_z, mimo_o: as in `ssm`.
         blocks, segments: how the kernels cut their work; None takes the defaults of the GPU at hand.
         interpret: runs without a GPU, slowly; for tests.
@@ -84,10 +85,10 @@ def triton(
 
     precise = inputs.x.dtype == jnp.float32
     padded, z = prepass.pad(inputs, chunks * c), prepass.pad(z, chunks * c)
-    angles = prepass.angles(padded, state, c)
-    # The kernels differentiate the angles of chunks themselves, but for the one that came (operands.py).
-    still = padded._replace(omega=lax.stop_gradient(padded.omega), clock=lax.stop_gradient(padded.clock))
-    theta0 = prepass.angles(still, state, c).before
+    h0 = None if state is None else jnp.swapaxes(enter(inputs, state), 2, 3)
+    start = SSMState.zeros(b, h, p, n, r, s) if state is None else state
+    angles = prepass.angles(padded, start, c)
+    theta0 = _angles_before(padded, start, c, precise)
     log_decay, gamma, scale = prepass.weights(padded)
     arguments = Arguments(
         x=padded.x,
@@ -108,11 +109,27 @@ def triton(
         theta0=theta0 if s else None,
         segment_ids=padded.segment_ids,
     )
-    h0 = jnp.swapaxes(enter(inputs, state), 2, 3)
     y, last = ssm(arguments, h0, Tiling(c, r, n, s, p, precise, interpret), segments, blocks)
     if inputs.mimo_x is not None and mimo_o is None:
         y = y.reshape(b, -1, r, h, p)
     return y[:, :t], leave(inputs, angles.after, jnp.swapaxes(last, 2, 3), angles.at_start, rotate_interleaved)
+
+
+def _angles_before(inputs: Inputs, state: SSMState, c: int, precise: bool) -> Float[Array, "b m h s"]:
+    """theta before each chunk, differentiable in the first one only: the kernels differentiate the others themselves.
+
+    Where the kernels wrap the turn of no token (tiles.py), nor is it here: what the tokens of a chunk turn by is then
+    one product of matrices, 0.005 instead of 0.014 ms of a GPU's at TUNING.md's shape.
+    """
+    b, t, h = inputs.clock.shape
+    omega, clock = lax.stop_gradient(inputs.omega), lax.stop_gradient(inputs.clock)
+    if precise:
+        return prepass.angles(inputs._replace(omega=omega, clock=clock), state, c).before
+    omega, clock = (u.reshape(b, t // c, c, u.shape[-1]) for u in (omega, clock))
+    turned = jnp.einsum("bmcs,bmch->bmhs", omega, clock, precision="highest")
+    # Each chunk as one token.
+    chunks = inputs._replace(omega=turned, clock=jnp.ones((b, t // c, h)), segment_ids=None)
+    return prepass.angles(chunks, state, 1).before
 
 
 def _segments(programs: int, chunks: int, blocks: BlockSizes) -> int:

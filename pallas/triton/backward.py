@@ -25,20 +25,21 @@ from pallas.triton import coefficients, tiles
 from pallas.triton import gradient_kernels as kernels
 from pallas.triton.block_sizes import BlockSizes
 from pallas.triton.coefficients import Received
-from pallas.triton.forward import call_serial, entry_states, from_zero, scan_segments, through_segments
+from pallas.triton.forward import call_serial, entry_states, scan_segments, through_segments
 from pallas.triton.gradient_kernels import Given, OutputGradients, ProjectionGradients, ValueGradients
 from pallas.triton.operands import Arguments, Operands, at_heads, given_chunk, heads_per_program, specs
 from pallas.triton.tiles import Tiling
 
 
-def _exit_adjoints(ops: Operands, g, dlast, first: int, tiling: Tiling, segments: int, blocks: BlockSizes):
-    """Adjoints of every chunk's state on exit (b, h, chunks, n, p) in the dtype of x, and that of h0 in float32, of the
-    rows from `first` on that dlast has."""
-    how = dict(tiling=tiling, blocks=blocks, first=first)
+def _exit_adjoints(grid: "_Grid", g, dlast, segments: int):
+    """Adjoints of every chunk's state on exit (rows, h, chunks, n, p) in the dtype of x, and that of h0 in float32, of
+    the grid's rows, which dlast has; None is 0."""
+    ops, first = grid.ops, grid.first
+    how = dict(first=first, rows=grid.rows, segments=segments, tiling=grid.tiling, blocks=grid.blocks)
     call = functools.partial(call_serial, kernels.adjoint_kernel, "ssm_adjoints", ops, g, **how)
-    ends = dlast[:, :, None]
+    ends = None if dlast is None else dlast[:, :, None]
     if segments > 1:
-        starts, _ = call(from_zero(dlast, segments), keep=False)
+        starts, _ = call(None, keep=False)
         through = through_segments(ops, first, starts)
         ends = jnp.flip(scan_segments(dlast, jnp.flip(starts, 2), jnp.flip(through, 2)), 2)
     starts, exits = call(ends, keep=True)
@@ -113,7 +114,7 @@ class _Grid(NamedTuple):
             grid=(self.slabs * self.blocks_of_heads * self.chunks, self.rows),
             in_specs=[
                 specs(self.ops, self.at(lambda i, c, b: (b, i, i // self.per_group), len(self.ops.x)), self.heads),
-                Given(*map(self._given_spec, given)),
+                self._given_specs(given),
                 [getattr(out_specs, name) for name in kept],
             ],
             out_specs=[out_specs],
@@ -124,11 +125,17 @@ class _Grid(NamedTuple):
             name=label,
         )(self.ops, given, list(kept.values()))[0]
 
-    def _given_spec(self, array):
-        """A sequence, or one matrix a chunk."""
-        if array is None:
-            return None
-        return self._sequence_spec(array) if array.ndim == 4 else self._chunk_spec(array.shape)
+    def _given_specs(self, given: Given) -> Given:
+        def spec(name, array):
+            if array is None:
+                return None
+            if name == "end":
+                return pl.BlockSpec((None, self.heads, array.shape[2]), self.at(lambda i, c, b: (b, i, 0), len(array)))
+            if name in ("dy", "g"):
+                return self._sequence_spec(array)
+            return self._chunk_spec(array.shape, following=name == "following")
+
+        return Given(**{name: spec(name, array) for name, array in given._asdict().items()})
 
     def sequence(self, array):
         """(b, t or t r, h, p), as an output in the array's dtype."""
@@ -140,9 +147,13 @@ class _Grid(NamedTuple):
         b, rows, _, p = array.shape
         return pl.BlockSpec((None, rows, self.heads, p), self.at(lambda i, c, b: (b, 0, i, 0), b))
 
-    def _chunk_spec(self, shape):
-        """One chunk of (b, h, m, ...), a matrix of every head."""
-        index = self.at(lambda i, c, b: (b, i, c, 0, 0), shape[0])
+    def _chunk_spec(self, shape, following: bool = False):
+        """One chunk of (b, h, m, ...), a matrix of every head: the grid's, or the one after it where there is one."""
+
+        def index(i, c, b):
+            return b, i, jnp.minimum(c + 1, self.chunks - 1) if following else c, 0, 0
+
+        index = self.at(index, shape[0])
         return pl.BlockSpec((None, self.heads, None, *shape[3:]), index)
 
     def squares(self):
@@ -227,31 +238,22 @@ def _call_projection_gradients(
         omega = out((N * g, grid.rows, t, s), (None, None, t, w // 2), lambda k, i, c, b: (i, b, 0, place + k))
     out = ProjectionGradients(projections, biases, through, clock, omega)
     kernel = functools.partial(kernels.projection_kernel, slabs=slabs)
-    return grid.call(kernel, "ssm_projection_gradients", given, out, earlier, ahead=grid.blocks.stages > 1)
+    static = dict(chunks=grid.chunks, ahead=grid.blocks.stages > 1)
+    return grid.call(kernel, "ssm_projection_gradients", given, out, earlier, **static)
 
 
-def _turned(entries, exits, h0, last, dh0, dlast, tiling: Tiling) -> tuple[jax.Array, jax.Array]:
-    """What the turns of all later tokens receive: seen from each chunk (b, h, m, 1, s), and from before the first.
-
-    To turn all tokens from a chunk's end on is to turn the state there backwards, and the last state. So their dtheta
-    sum to <dlast, J last> - <dS, J h> of that end, with J the quarter turn of every pair. The sums themselves, of terms
-    that cancel but for rounding, would in bfloat16 be the worse the longer the sequence is.
-    """
-
-    def turned(h, dS):
-        h, dS = (u[..., : 2 * tiling.s, :].astype(jnp.float32) for u in (h, dS))
-        return jnp.sum(h[..., 0::2, :] * dS[..., 1::2, :] - h[..., 1::2, :] * dS[..., 0::2, :], axis=-1)
-
-    end = turned(last, dlast)
-    ends = turned(entries[:, :, 1:], exits[:, :, :-1])
-    later = jnp.pad(end[:, :, None] - ends, ((0, 0), (0, 0), (0, 1), (0, 0)))
-    return later[:, :, :, None], end - turned(h0, dh0)
+def _turned(h, dS, tiling: Tiling) -> jax.Array:
+    """<dS, J h>, with J the quarter turn of every pair, (b, h, s); 0 where h or dS is 0, which is None."""
+    if h is None or dS is None:
+        return jnp.float32(0)
+    h, dS = (u[..., : 2 * tiling.s, :].astype(jnp.float32) for u in (h, dS))
+    return jnp.sum(h[..., 0::2, :] * dS[..., 1::2, :] - h[..., 1::2, :] * dS[..., 0::2, :], axis=-1)
 
 
 def backward(
     args: Arguments, h0, last, dy, dlast, tiling: Tiling, segments: int, blocks: BlockSizes
-) -> tuple[Arguments, jax.Array]:
-    """Gradients of the arguments and of h0, from those of y and of the last state.
+) -> tuple[Arguments, jax.Array | None]:
+    """Gradients of the arguments and of h0, from those of y and of the last state; h0 and dlast of None are 0.
 
     One part of the batch after the other, so that what kernels hand each other takes the memory of a part: as few rows
     as fill the GPU with programs of the serial kernels, and WAVES times with those of the others.
@@ -266,14 +268,14 @@ def backward(
     for first in range(0, b, at_once):
         # Waits for the part before, whose memory it takes over: XLA would begin all at once.
         whole, parts, dy, h0 = lax.optimization_barrier((whole, parts, dy, h0))
-        mine = slice(first, first + at_once)
         grid = _Grid(ops, first, at_once, tiling, blocks)
-        whole, own = _gradients(grid, dy, h0[mine], last[mine], dlast[mine], segments, whole)
+        states = jax.tree.map(lambda u: u[first : first + at_once], (h0, last, dlast))
+        whole, own = _gradients(grid, dy, *states, segments, whole)
         parts.append(own)
     parts = _OfPart(*zip(*parts))
     projections, biases = jnp.concatenate(parts.projections, 1), sum(parts.biases)
     mimo_x, mimo_z, mimo_o = (None if u[0] is None else sum(u) for u in (parts.mimo_x, parts.mimo_z, parts.mimo_o))
-    dh0 = jnp.concatenate(parts.dh0)
+    dh0 = None if h0 is None else jnp.concatenate(parts.dh0)
     outputs, values, of_slabs = whole
     received = Received(
         **{name: getattr(outputs, name) for name in ("cs", "entry", "scale", "gamma")},
@@ -343,21 +345,22 @@ def _gradients(grid: _Grid, dy, h0, last, dlast, segments: int, earlier: _Whole 
     """Those of the grid's rows, which h0, last and dlast have, written into what the parts before wrote; but for theta0
     and the coefficients."""
     ops, tiling, blocks = grid.ops, grid.tiling, grid.blocks
-    entries, _ = entry_states(ops, h0, tiling, segments, blocks, grid.first)
+    entries, _ = entry_states(ops, h0, tiling, segments, blocks, grid.first, grid.rows)
     outputs, values, of_slabs = earlier or (None, None, ProjectionGradients(*(None,) * 5))
     # g is written where dx will be.
     in_place = tiling.r == 1 and grid.gated
     onto = None if outputs is None else outputs._replace(g=values.x if in_place else None)
     outputs = _call_output_gradients(grid, Given(dy=dy, entries=entries), onto)
     g = dy if outputs.g is None else outputs.g
-    exits, dh0 = _exit_adjoints(ops, g, dlast, grid.first, tiling, segments, blocks)
-    later = angle = None
+    exits, dh0 = _exit_adjoints(grid, g, dlast, segments)
+    given, angle = Given(g=g, M=outputs.M, entries=entries, exits=exits), None
+    turning = given
     if tiling.s:
-        later, angle = _turned(entries, exits, h0, last, dh0, dlast, tiling)
-
-    given = Given(g=g, M=outputs.M, entries=entries, exits=exits, later=later)
-    for _, slabs in itertools.groupby(tiles.slabs(tiling, blocks.turning_slab), lambda slab: slab.pair is None):
-        own = _call_projection_gradients(grid, given, list(slabs), of_slabs)
+        end = _turned(last, dlast, tiling)
+        turning = given._replace(following=entries, end=None if dlast is None else end)
+        angle = jnp.broadcast_to(end - _turned(h0, dh0, tiling), (*dh0.shape[:2], tiling.s))
+    for still, slabs in itertools.groupby(tiles.slabs(tiling, blocks.turning_slab), lambda slab: slab.pair is None):
+        own = _call_projection_gradients(grid, given if still else turning, list(slabs), of_slabs)
         of_slabs = ProjectionGradients(*(old if new is None else new for old, new in zip(of_slabs, own)))
 
     # After all that read g.

@@ -42,7 +42,7 @@ def walk(tiling: Tiling, ops: Operands, chunk_at, chunks: int, load, value, bias
         chunk_at: the i-th chunk on the way, i < chunks.
         load: of a chunk's first token, B or C and what `value` makes (rows, p) of.
         bias, weight: of B or C, whose rotation k is, and of a token; from ops.
-        refs: the first u (n, p) in float32; the last u; what every chunk finds, (m, n, p) or None.
+        refs: the first u (n, p) in float32, None is 0; the last u; what every chunk finds, (m, n, p) or None.
         ahead: the next chunk is loaded while one is computed, because the compiler does not fetch ahead where each
             rank's row has an address of its own.
     """
@@ -54,14 +54,14 @@ def walk(tiling: Tiling, ops: Operands, chunk_at, chunks: int, load, value, bias
 
     def step(i, u, raw, loaded):
         chunk = chunk_at(i)
-        t0 = chunk * tiling.c
+        weights, kept = tiling.of_token(weight, chunk * tiling.c), ops.through[chunk]
+        turns = tiles.turns(tiling, tiles.load_angles(tiling, ops, chunk))
+        weighted = (value(loaded).astype(jnp.float32) * weights[:, None]).astype(ops.x.dtype)
+        k = tiles.project(tiling, raw, bias, turns, ops.x.dtype)
+        # Right before u changes: written first, its way to memory would hold up the loads above.
         if found_ref is not None:
             for slab, u_ in zip(slabs, u):
                 found_ref[chunk, slab.channels] = u_.astype(found_ref.dtype)
-        v = value(loaded)
-        k = tiles.project(tiling, raw, bias, tiles.turns(tiling, tiles.load_angles(tiling, ops, chunk)), ops.x.dtype)
-        weighted = (v.astype(jnp.float32) * tiling.of_token(weight, t0)[:, None]).astype(ops.x.dtype)
-        kept = ops.through[chunk]
         return [u_ * kept + tiling.dot(k_, weighted, (0, 0)) for u_, k_ in zip(u, k)]
 
     def body(i, carry):
@@ -70,7 +70,10 @@ def walk(tiling: Tiling, ops: Operands, chunk_at, chunks: int, load, value, bias
             return step(i, u, *loaded), load_at(jnp.minimum(i + 1, chunks - 1))
         return step(i, u, *load_at(i)), None
 
-    start = [start_ref[slab.channels] for slab in slabs]
+    if start_ref is None:
+        start = [jnp.zeros((slab.width, tiling.p), jnp.float32) for slab in slabs]
+    else:
+        start = [start_ref[slab.channels] for slab in slabs]
     u, _ = lax.fori_loop(0, chunks, body, (start, load_at(0) if ahead else None))
     for slab, u_ in zip(slabs, u):
         end_ref[slab.channels] = u_
@@ -126,37 +129,52 @@ def gate(tiling: Tiling, ops: Operands, z) -> jax.Array:
 
 
 def call_serial(
-    kernel, name: str, ops: Operands, sequence, start, tiling: Tiling, keep: bool, blocks: BlockSizes, first: int = 0
+    kernel,
+    name: str,
+    ops: Operands,
+    sequence,
+    start,
+    *,
+    keep: bool,
+    first: int,
+    rows: int,
+    segments: int,
+    tiling: Tiling,
+    blocks: BlockSizes,
 ) -> tuple[jax.Array, jax.Array | None]:
     """A pass from chunk to chunk of every segment, forwards or backwards, as `kernel` walks.
 
     Args:
-        sequence: what the kernel reads besides, (batch or b, t or t r, h, p), or None.
-        start: (b, h, segments, n, p), of the rows of the batch from `first` on.
+        sequence: what the kernel reads besides, (batch or rows, t or t r, h, p), or None.
+        start: (rows, h, segments, n, p), None is 0.
         keep: whether the states of all chunks are asked for.
+        first, rows: the rows of the batch.
 
     Returns:
-        Where segments end, like start; and the states of all chunks (b, h, m, n, p) in the dtype of x, or None.
+        Where segments end, like start; and the states of all chunks (rows, h, m, n, p) in the dtype of x, or None.
     """
     _, t, h, p = ops.x.shape
-    b, _, segments = start.shape[:3]
     per_group, chunks = h // ops.B.shape[2], t // tiling.c
     at = functools.partial(at_heads, h)
 
     beside = None
     if sequence is not None:
-        rows = sequence.shape[1]
-        beside = pl.BlockSpec((None, rows, None, p), at(lambda h, s, b: (first % len(sequence) + b, 0, h, 0)))
+        length = sequence.shape[1]
+        beside = pl.BlockSpec((None, length, None, p), at(lambda h, s, b: (first % len(sequence) + b, 0, h, 0)))
     segment = pl.BlockSpec((None, None, None, tiling.n, p), at(lambda h, s, b: (b, h, s, 0, 0)))
     whole = pl.BlockSpec((None, None, chunks, tiling.n, p), at(lambda h, s, b: (b, h, 0, 0, 0)))
     return pl.pallas_call(
         given_chunk(kernel, h, tiling=tiling, chunks=chunks // segments, ahead=tiling.r > 1),
-        grid=(h * segments, b),
-        in_specs=[specs(ops, at(lambda h, s, b: (first + b, h, h // per_group))), beside, segment],
+        grid=(h * segments, rows),
+        in_specs=[
+            specs(ops, at(lambda h, s, b: (first + b, h, h // per_group))),
+            beside,
+            None if start is None else segment,
+        ],
         out_specs=[segment, whole if keep else None],
         out_shape=[
-            jax.ShapeDtypeStruct(start.shape, jnp.float32),
-            jax.ShapeDtypeStruct((b, h, chunks, tiling.n, p), ops.x.dtype) if keep else None,
+            jax.ShapeDtypeStruct((rows, h, segments, tiling.n, p), jnp.float32),
+            jax.ShapeDtypeStruct((rows, h, chunks, tiling.n, p), ops.x.dtype) if keep else None,
         ],
         compiler_params=tiles.compiler_params(blocks.num_warps, blocks.serial_stages),
         interpret=tiling.interpret,
@@ -187,22 +205,18 @@ def _call_outputs(ops: Operands, entries, tiling: Tiling, blocks: BlockSizes) ->
 
 
 def entry_states(
-    ops: Operands, h0, tiling: Tiling, segments: int, blocks: BlockSizes, first: int = 0
+    ops: Operands, h0, tiling: Tiling, segments: int, blocks: BlockSizes, first: int, rows: int
 ) -> tuple[jax.Array, jax.Array]:
-    """What every chunk starts from, (b, h, chunks, n, p) in the dtype of x, and the last state (b, h, n, p) in float32,
-    of the rows from `first` on that h0 has."""
-    how = dict(tiling=tiling, blocks=blocks, first=first)
+    """What every chunk starts from, (rows, h, chunks, n, p) in the dtype of x, and the last state (rows, h, n, p) in
+    float32, of the rows from `first` on, which h0 has; None is 0."""
+    how = dict(first=first, rows=rows, segments=segments, tiling=tiling, blocks=blocks)
     call = functools.partial(call_serial, _state_kernel, "ssm_states", ops, None, **how)
-    starts = h0[:, :, None]
+    starts = None if h0 is None else h0[:, :, None]
     if segments > 1:
-        ends, _ = call(from_zero(h0, segments), keep=False)
+        ends, _ = call(None, keep=False)
         starts = scan_segments(h0, ends, through_segments(ops, first, ends))
     ends, entries = call(starts, keep=True)
     return entries, ends[:, :, -1]
-
-
-def from_zero(h0, segments: int) -> jax.Array:
-    return jnp.zeros((*h0.shape[:2], segments, *h0.shape[2:]), jnp.float32)
 
 
 def through_segments(ops: Operands, first: int, ends) -> jax.Array:
@@ -213,14 +227,15 @@ def through_segments(ops: Operands, first: int, ends) -> jax.Array:
 
 def scan_segments(h0, ends, through) -> jax.Array:
     """The state each segment starts from: H_0 = h0, H_{k+1} = through_k H_k + ends_k. Shapes as in call_serial."""
-    starts = [h0]
+    starts = [jnp.zeros_like(ends[:, :, 0]) if h0 is None else h0]
     for k in range(ends.shape[2] - 1):
         starts.append(through[:, :, k, None, None] * starts[-1] + ends[:, :, k])
     return jnp.stack(starts, axis=2)
 
 
 def forward(args: Arguments, h0, tiling: Tiling, segments: int, blocks: BlockSizes) -> tuple[jax.Array, jax.Array]:
-    """y (b, t, h, p), or (b, t r, h, p) without mimo_o; and the last state (b, h, n, p), float32, in kernel order."""
+    """y (b, t, h, p), or (b, t r, h, p) without mimo_o; and the last state (b, h, n, p), float32, in kernel order, like
+    h0, of which None is 0."""
     ops = coefficients.operands(args, tiling)
-    entries, last = entry_states(ops, h0, tiling, segments, blocks)
+    entries, last = entry_states(ops, h0, tiling, segments, blocks, 0, len(ops.x))
     return _call_outputs(ops, entries, tiling, blocks), last

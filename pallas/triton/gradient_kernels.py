@@ -13,7 +13,7 @@ W Y with D added on its diagonal:
 
 dB, dC and domega are summed over a program's heads in a fixed order, and over programs outside. What the coefficients
 receive, dcs without its second term, is handed on by a kernel of coefficients.py, which adds it; what a turn receives
-from later chunks is read off the states (backward.py, `_turned`).
+from later chunks is read off the states (`_received_later`).
 """
 
 from typing import NamedTuple
@@ -51,12 +51,13 @@ class Given(NamedTuple):
     M: jax.Array | None = None
     entries: jax.Array | None = None  # (b, h, m, n, p)
     exits: jax.Array | None = None
-    later: jax.Array | None = None  # (b, h, m, 1, s), what the turns of the tokens after each chunk receive
+    following: jax.Array | None = None  # entries, of which a kernel sees those of the chunk after its own
+    end: jax.Array | None = None  # (b, h, s), what all turns receive through the last state; None is 0
 
 
 # Where refs keep the block's heads, beside the batch; None: they are shared by the heads.
 _HEAD_AXES = dict(
-    dy=1, g=1, P=0, M=0, entries=0, exits=0, later=0,
+    dy=1, g=1, P=0, M=0, entries=0, exits=0, following=0, end=0,
     x=1, mimo_x=1, exit=0, z=1, mimo_z=1, mimo_o=1, entry=0, D=0, cs=0, scale=1, gamma=0,
     projections=None, biases=2, through=0, clock=0, omega=None,
 )  # fmt: skip
@@ -237,9 +238,9 @@ def _value_gradients(ops: Operands, given: Given, out: ValueGradients, chunk, an
     t0 = chunk * tiling.c
     slabs = tiles.slabs(tiling)
     exit_ = tiling.of_token(ops.exit, t0)
+    v = values(tiling, ops, t0)
     turns = tiles.turns(tiling, angles)
     B = tiles.load_slabs(tiling, ops.B, t0)
-    v = values(tiling, ops, t0)
     k = tiles.project(tiling, B, ops.B_bias, turns, v.dtype)
     dv = tiling.dot(given.P[...], _of_rows(tiling, given.g, chunk), (0, 0))
     k_exit = sum(tiling.dot(k_, given.exits[slab.channels]) for slab, k_ in zip(slabs, k))
@@ -281,6 +282,7 @@ def projection_kernel(
     tiling: Tiling,
     slabs,
     heads: int,
+    chunks: int,
     ahead: bool,
 ):
     """As value_kernel, of one of the slabs; into `earlier` also those of the other kind have written."""
@@ -289,7 +291,7 @@ def projection_kernel(
     def body(head, chunk, angles, sums):
         one = at_head(ops, head), _at_head(given, head), _at_head(out, head)
         [of_slab] = angles
-        return jax.tree.map(jnp.add, sums, _projection_gradients(*one, chunk, of_slab, tiling, slab))
+        return jax.tree.map(jnp.add, sums, _projection_gradients(*one, chunk, chunks, of_slab, tiling, slab))
 
     def zeros(*shape):
         return jnp.zeros(shape, jnp.float32)
@@ -303,12 +305,14 @@ def projection_kernel(
         out.omega[pl.ds(chunk * tiling.c, tiling.c)] = domega
 
 
-def _projection_gradients(ops: Operands, given: Given, out: ProjectionGradients, chunk, angles, tiling: Tiling, slab):
+def _projection_gradients(
+    ops: Operands, given: Given, out: ProjectionGradients, chunk, chunks: int, angles, tiling: Tiling, slab
+):
     """One head: writes what is its own, returns its shares of dB, dC and domega."""
     t0 = chunk * tiling.c
     # Asked for early: the compiler fetches ahead only what a matrix product is made of.
     exit_, entry = tiling.of_token(ops.exit, t0), tiling.of_token(ops.entry, t0)
-    later = None if angles is None else given.later[0, slab.pairs]
+    end = None if angles is None or given.end is None else given.end[slab.pairs]
     turn = tiles.turn(tiling, angles)
     q = tiles.project_slab(tiling, slab, _of_rows(tiling, ops.C, chunk, slab.channels), turn, ops.C_bias, ops.x.dtype)
     dS = given.exits[slab.channels]
@@ -328,6 +332,7 @@ def _projection_gradients(ops: Operands, given: Given, out: ProjectionGradients,
     if turn is None:
         return dB, dC, None
 
+    later = _received_later(given.following, dS, end, slab, chunk + 1 < chunks)
     tokens = pl.ds(t0, tiling.c)
     dtheta = tiling.per_token(turned + also_turned)
     # The reverse cumulative sum, of which Triton has the forward one only.
@@ -337,6 +342,19 @@ def _projection_gradients(ops: Operands, given: Given, out: ProjectionGradients,
         omega, clock = ops.omega[tokens, slab.pairs], ops.clock[tokens]
     out.clock[tokens] = jnp.sum(received * omega, axis=1)
     return dB, dC, received * clock[:, None]
+
+
+def _received_later(following, dS, end, slab, there):
+    """What the turns of all tokens after a chunk receive, if any are there: <dlast, J last> - <dS, J h>, h being what
+    the next chunk finds and J the quarter turn of every pair. To turn these tokens is to turn that state backwards, and
+    the last state; the sum of what they receive, of terms that cancel but for rounding, would in bfloat16 be the worse
+    the longer the sequence is."""
+    other = slab.start + (lax.broadcasted_iota(jnp.int32, (slab.width,), 0) ^ 1)
+    h = following[(other, slice(None))]
+    of_channels = jnp.sum(h.astype(jnp.float32) * dS.astype(jnp.float32), axis=1)
+    first, second = jnp.unstack(of_channels.reshape(slab.width // 2, 2), axis=-1)
+    turned = second - first
+    return jnp.where(there, -turned if end is None else end - turned, 0)
 
 
 def _turn_back(tiling: Tiling, ref, bias_ref, du, turn, chunk, slab):

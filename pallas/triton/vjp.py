@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.custom_batching import custom_vmap
+from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -31,9 +32,9 @@ _Y, _STATE = "b rows h p", "b h n p"
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def ssm(
-    inputs: Arguments, h0: jax.Array, tiling: Tiling, segments: int, blocks: BlockSizes
+    inputs: Arguments, h0: jax.Array | None, tiling: Tiling, segments: int, blocks: BlockSizes
 ) -> tuple[jax.Array, jax.Array]:
-    """y and the last state from h0 (b, h, n, p), both states in kernel order and float32. See `Arguments`.
+    """y and the last state from h0 (b, h, n, p), None for 0, both states in kernel order and float32. See `Arguments`.
 
     Kept for the backward pass are the arguments and the last state. The states that chunks start from are made again:
     at TUNING.md's shape that took 0.21 ms, and kept they would be n / c times as large as x in every layer.
@@ -44,25 +45,45 @@ def ssm(
     return _forward(inputs, h0, tiling, segments, blocks)[0]
 
 
+def _forward_to_differentiate(inputs, h0, *static):
+    return _forward(*jax.tree.map(lambda u: u.value, (inputs, h0), is_leaf=_is_primal), *static)
+
+
+def _is_primal(u) -> bool:
+    return isinstance(u, CustomVJPPrimal)
+
+
+def _backward_of_used(*args):
+    """Nothing is read for a last state that nobody uses, as when whole sequences train."""
+    *static, saved, (dy, dlast) = args
+    dy = jnp.zeros(dy.shape, dy.dtype) if isinstance(dy, SymbolicZero) else dy
+    dlast = None if isinstance(dlast, SymbolicZero) else dlast
+    return _backward(*static, saved, (dy, dlast))
+
+
 # Jitted, so that the layers of a model that is not scanned share what JAX makes of the kernels: they are traced and
 # lowered once a shape, which takes longer than all the rest of a layer.
 @functools.partial(jax.jit, static_argnums=(2, 3, 4))
 def _forward(inputs, h0, tiling, segments, blocks):
-    run = _Sharded(forward, (_axes(inputs), _STATE), (_Y, _STATE), inputs, tiling, segments, blocks)
+    start = None if h0 is None else _STATE
+    run = _Sharded(forward, (_axes(inputs), start), (_Y, _STATE), inputs, tiling, segments, blocks)
     y, last = run(inputs, h0)
     return (y, last), (inputs, h0, last)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _backward(tiling, segments, blocks, saved, grads):
-    inputs, *states = saved
+    inputs, h0, last = saved
+    dy, dlast = grads
+    last = None if dlast is None else last
     axes = _axes(inputs)
-    outs = axes._replace(segment_ids=None), _STATE
-    run = _Sharded(backward, (axes, _STATE, _STATE, _Y, _STATE), outs, inputs, tiling, segments, blocks)
-    return run(inputs, *states, *grads)
+    start, end = (None if u is None else _STATE for u in (h0, dlast))
+    outs = axes._replace(segment_ids=None), start
+    run = _Sharded(backward, (axes, start, end, _Y, end), outs, inputs, tiling, segments, blocks)
+    return run(inputs, h0, last, dy, dlast)
 
 
-ssm.defvjp(_forward, _backward)
+ssm.defvjp(_forward_to_differentiate, _backward_of_used, symbolic_zeros=True)
 
 
 def _axes(inputs: Arguments) -> Arguments:

@@ -129,6 +129,34 @@ def test_slabs_and_programs_of_the_gradients_add_up(kwargs):
     assert_all_close(gradients, in_float64(values_and_gradients, args, state)[-1], TOLERANCE[jnp.float32])
 
 
+@pytest.mark.parametrize("given, used", [(False, False), (False, True), (True, False)])
+@pytest.mark.parametrize(
+    "kwargs, segments",
+    [(dict(packed=True), 2), (dict(r=2, mimo=True, b=1, s=16), 1), (dict(rotation="none", bare=True, gate=False), 3)],
+    ids=["siso packed", "mimo", "no rotation, no D, no gate"],
+)
+def test_gradients_without_a_state_before_or_a_use_of_the_one_after(kwargs, segments, given, used):
+    """A sequence that begins, as in training, has no state; and nothing comes back through one that is dropped."""
+    args = arguments(**kwargs)
+    arrays, static = split_static(args)
+
+    def gradients(state_and_arrays, **options):
+        state, arrays = state_and_arrays
+
+        def loss(state, arrays):
+            y, final = ssm(**arrays, **static, initial_state=state, **options)
+            parts = (y, *final) if used else (y,)
+            return sum(jnp.sum(jnp.sin(jnp.arange(u.size) + 1.0).reshape(u.shape) * u) for u in parts)
+
+        floats = {name: u for name, u in arrays.items() if name != "segment_ids"}
+        return jax.grad(lambda state, floats: loss(state, arrays | floats), (0, 1))(state, floats)
+
+    inputs = (random_state(args) if given else None, arrays)
+    with interpreted(rows=16, segments=segments, programs=2):
+        found = jax.jit(functools.partial(gradients, implementation="triton"))(inputs)
+    assert_all_close(found, in_float64(gradients, inputs), TOLERANCE[jnp.float32])
+
+
 @pytest.mark.parametrize(
     "kwargs, rows, stages, segments, programs, at_once",
     [
@@ -172,8 +200,8 @@ def test_states_of_chunks_are_not_kept_for_the_backward_pass():
         text = jax.jit(jax.grad(loss, has_aux=True)).lower(arrays).as_text()
     n, p = args["B"].shape[-1], args["x"].shape[-1]
     assert kept and not [u.shape for u in kept if u.ndim == 5 and {n, p} <= set(u.shape[-2:])]
-    # In `enter` and its transpose, before the coefficients, and two in each of the four parts.
-    assert text.count("optimization_barrier") == 2 + 1 + 2 * 4
+    # Before the coefficients, and two in each of the four parts.
+    assert text.count("optimization_barrier") == 1 + 2 * 4
 
 
 def test_block_sizes_fit_the_gpu():
@@ -329,13 +357,15 @@ def test_packed_documents_are_separate_documents():
     assert_final_close(final, pieces[-1][1], REORDERED)
 
 
-def test_weak_decay_after_a_strong_one_and_angles_that_wrap_at_every_step():
-    """exp(-500) must not cost the next tokens' decays their digits, nor 1.5 revolutions per token the angle its own."""
+@pytest.mark.parametrize("rows", [16, 64])
+def test_weak_decay_after_a_strong_one_and_angles_that_wrap_at_every_step(rows):
+    """exp(-500) must not cost the next tokens' decays their digits, nor 1.5 revolutions per token the angle its own, in
+    a chunk and from one to the next."""
     args = arguments(64, b=1, gate=False)
     wipe = (jnp.arange(64) % 3 == 0)[None, :, None]
     args |= dict(A=jnp.where(wipe, -500.0, -1e-3) * jnp.ones_like(args["A"]), dt=jnp.ones_like(args["dt"]))
     args |= dict(omega=args["omega"] + 3 * np.pi)
-    with interpreted(rows=64):
+    with interpreted(rows=rows):
         y, _ = call(args, implementation="triton")
     assert error(y, in_float64(call, args)[0]) <= (5e-6 if INTERPRET else TOLERANCE[jnp.float32])
 
@@ -490,6 +520,27 @@ def test_layers_of_one_shape_share_their_kernels():
         two = jax.jit(lambda a: ssm(**(a | dict(x=ssm(**a)[0])))[0])
         text = two.trace(shapes).lower(lowering_platforms=("cuda",)).as_text()
     assert text.count('name = "ssm_outputs"') == 1
+
+
+def test_without_a_state_no_zeros_of_its_size_are_made():
+    """Written and read, those of a state before a sequence and of a gradient after it took some 0.04 of 2.9 ms, forward
+    and backward, of a layer on an H200."""
+    shapes = jax.eval_shape(lambda: split_static(make(64, b=128, h=2, p=32, n=64, s=16))[0])
+    mesh = AbstractMesh((), (), abstract_device=AbstractDevice("NVIDIA H100 80GB HBM3", num_cores=None, platform="gpu"))
+
+    def lowered(state):
+        def loss(a):
+            return jnp.sum(ssm(**a, initial_state=state)[0])
+
+        return jax.jit(jax.grad(loss)).trace(shapes).lower(lowering_platforms=("cuda",)).as_text()
+
+    def zeros(text):
+        return re.findall(r"broadcast_in_dim.*-> tensor<128x2x(?:1x)?(?:64x32|32x64)xf32>", text)
+
+    with pytest.MonkeyPatch.context() as patch, jax.sharding.use_abstract_mesh(mesh):
+        patch.setattr(api, "_platform", lambda: "cuda")
+        assert zeros(lowered(SSMState.zeros(128, 2, 32, 64, s=16)))
+        assert not zeros(lowered(None))
 
 
 ERRORS = {
