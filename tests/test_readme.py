@@ -105,12 +105,13 @@ def test_what_is_said_of_retrieval_is_what_the_report_says():
     s3 = [f"{words[name, '1'][heads.index('S3, 16')]}%" for name in models]
     assert "multiplies {} rightly, and Mamba-3 {}, MIMO {} and Mamba-2 {}".format(*s3) in text
     assert f"than {words['Mamba-3', '1'][heads.index('Z60, 16')]}% for Mamba-3" in text
-    deep = {name: dict(zip(heads, words[name, "4"])) for name in ("Mamba-3", "attention, RoPE")}
-    ours, theirs = deep.values()
-    of = {group: [[scores[f"{group}, {n}"] for n in ("16", "32 (trained)", "64")] for scores in (ours, theirs)]
+    deep = {name: dict(zip(heads, words[name, "4"])) for name in ("Mamba-3", "attention, RoPE", "Mamba-2")}
+    of = {group: [[scores[f"{group}, {n}"] for n in ("16", "32 (trained)", "64")] for scores in deep.values()]
           for group in ("S3", "Z60")}  # fmt: skip
     assert "Mamba-3 multiplies {}% of 16 elements rightly, {} of 32 and {} of 64".format(*of["S3"][0]) in text
     assert "attention {}, {} and no more".format(*of["S3"][1]) in text
+    assert "Mamba-2 {}, {} and no more".format(*of["S3"][2]) in text
+    assert "Mamba-2 has {}, {} and {}%".format(*of["Z60"][2]) in text
     assert "Mamba-3 has {}, {} and {}%, attention {}, {} and {}.".format(*of["Z60"][0], *of["Z60"][1]) in text
 
 

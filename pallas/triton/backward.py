@@ -62,7 +62,10 @@ class _Grid(NamedTuple):
 
     @property
     def heads(self) -> int:
-        return heads_per_program(self.ops.x.shape[2], self.ops.B.shape[2], self.blocks.heads)
+        """Of a program: fewer where they would leave the GPU empty."""
+        h, g = self.ops.x.shape[2], self.ops.B.shape[2]
+        enough = h * self.chunks * self.rows // self.blocks.programs
+        return heads_per_program(h, g, max(1, min(self.blocks.heads, enough)))
 
     @property
     def per_group(self) -> int:
@@ -243,7 +246,8 @@ def _call_projection_gradients(
 
 
 def _turned(h, dS, tiling: Tiling) -> jax.Array:
-    """<dS, J h>, with J the quarter turn of every pair, (b, h, s); 0 where h or dS is 0, which is None."""
+    """<dS, J h> of every pair, (b, h, s), what turning the state h backwards receives (`_received_later` in
+    gradient_kernels.py); 0 where h or dS is 0, which is None."""
     if h is None or dS is None:
         return jnp.float32(0)
     h, dS = (u[..., : 2 * tiling.s, :].astype(jnp.float32) for u in (h, dS))
@@ -358,6 +362,7 @@ def _gradients(grid: _Grid, dy, h0, last, dlast, segments: int, earlier: _Whole 
     if tiling.s:
         end = _turned(last, dlast, tiling)
         turning = given._replace(following=entries, end=None if dlast is None else end)
+        # Before the first token, whom all turns follow.
         angle = jnp.broadcast_to(end - _turned(h0, dh0, tiling), (*dh0.shape[:2], tiling.s))
     for still, slabs in itertools.groupby(tiles.slabs(tiling, blocks.turning_slab), lambda slab: slab.pair is None):
         own = _call_projection_gradients(grid, given if still else turning, list(slabs), of_slabs)

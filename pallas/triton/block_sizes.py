@@ -22,10 +22,12 @@ class BlockSizes:
         num_warps: warps of every program.
         serial_stages: chunks whose loads are under way at once in the passes from chunk to chunk.
         stages: heads whose loads are under way at once in the passes over chunks.
-        heads: most heads of one program of those passes; what heads share is summed over programs outside.
+        heads: most heads of one program of those passes, if there are enough programs; what heads share is summed over
+            programs outside.
         turning_slab: most state channels that turn of one program of the projections' gradients.
-        programs: programs that fill the GPU: of fewer serial ones time is cut into segments, and the backward pass
-            takes no fewer rows of the batch at once (backward.py's WAVES times as many of the others).
+        programs: programs that fill the GPU: of fewer serial ones time is cut into segments, of fewer others each has
+            fewer heads, and the backward pass takes no fewer rows of the batch at once (backward.py's WAVES times as
+            many of the others).
     """
 
     rows: int

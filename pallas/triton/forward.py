@@ -148,7 +148,7 @@ def call_serial(
         sequence: what the kernel reads besides, (batch or rows, t or t r, h, p), or None.
         start: (rows, h, segments, n, p), None is 0.
         keep: whether the states of all chunks are asked for.
-        first, rows: the rows of the batch.
+        first, rows: the first row of the batch, and how many.
 
     Returns:
         Where segments end, like start; and the states of all chunks (rows, h, m, n, p) in the dtype of x, or None.

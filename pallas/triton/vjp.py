@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.custom_batching import custom_vmap
-from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
+from jax.custom_derivatives import SymbolicZero, custom_vjp_primal_tree_values
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -46,15 +46,11 @@ def ssm(
 
 
 def _forward_to_differentiate(inputs, h0, *static):
-    return _forward(*jax.tree.map(lambda u: u.value, (inputs, h0), is_leaf=_is_primal), *static)
-
-
-def _is_primal(u) -> bool:
-    return isinstance(u, CustomVJPPrimal)
+    return _forward(*custom_vjp_primal_tree_values((inputs, h0)), *static)
 
 
 def _backward_of_used(*args):
-    """Nothing is read for a last state that nobody uses, as when whole sequences train."""
+    """The last state is dropped where whole sequences train: what it would receive is then None, and not zeros."""
     *static, saved, (dy, dlast) = args
     dy = jnp.zeros(dy.shape, dy.dtype) if isinstance(dy, SymbolicZero) else dy
     dlast = None if isinstance(dlast, SymbolicZero) else dlast
