@@ -117,6 +117,11 @@ def in_complex(args, **options):
         return call(args, **options, implementation="recurrent")
 
 
+def projection(*arrays):
+    """A number that every element of the arrays changes, each by a weight of its own."""
+    return sum(jnp.sum(jnp.sin(jnp.arange(a.size) + 1.0).reshape(a.shape) * a) for a in arrays)
+
+
 def values_and_gradients(args, state, **options):
     """(y, final state) and the gradient of a random projection of both, with respect to every array and the state."""
     arrays, static = split_static(args | dict(initial_state=state))
@@ -125,8 +130,7 @@ def values_and_gradients(args, state, **options):
     def run(arrays):
         def loss(floats):
             y, final = ssm(**(arrays | floats), **static, **options)
-            parts = [jnp.sum(jnp.sin(jnp.arange(a.size) + 1.0).reshape(a.shape) * a) for a in (y, *final)]
-            return sum(parts), (y, final)
+            return projection(y, *final), (y, final)
 
         floats = {k: v for k, v in arrays.items() if k != "segment_ids"}
         return jax.grad(loss, has_aux=True)(floats)

@@ -31,21 +31,6 @@ from pallas.triton.operands import Arguments, Operands, at_heads, given_chunk, h
 from pallas.triton.tiles import Tiling
 
 
-def _exit_adjoints(grid: "_Grid", g, dlast, segments: int):
-    """Adjoints of every chunk's state on exit (rows, h, chunks, n, p) in the dtype of x, and that of h0 in float32, of
-    the grid's rows, which dlast has; None is 0."""
-    ops, first = grid.ops, grid.first
-    how = dict(first=first, rows=grid.rows, segments=segments, tiling=grid.tiling, blocks=grid.blocks)
-    call = functools.partial(call_serial, kernels.adjoint_kernel, "ssm_adjoints", ops, g, **how)
-    ends = None if dlast is None else dlast[:, :, None]
-    if segments > 1:
-        starts, _ = call(None, keep=False)
-        through = through_segments(ops, first, starts)
-        ends = jnp.flip(scan_segments(dlast, jnp.flip(starts, 2), jnp.flip(through, 2)), 2)
-    starts, exits = call(ends, keep=True)
-    return exits, starts[:, :, 0]
-
-
 class _Grid(NamedTuple):
     """`slabs` of the state x blocks of heads x chunks x `rows` rows of the batch from `first` on, and the BlockSpecs of
     what lies on it. Slabs are innermost, so that what they all read can come from the cache.
@@ -129,6 +114,8 @@ class _Grid(NamedTuple):
         )(self.ops, given, list(kept.values()))[0]
 
     def _given_specs(self, given: Given) -> Given:
+        """Of a sequence, of one matrix a chunk and head, or of a vector a head."""
+
         def spec(name, array):
             if array is None:
                 return None
@@ -178,6 +165,21 @@ class _Grid(NamedTuple):
         r, p = self.tiling.r, self.tiling.p
         spec = pl.BlockSpec((None, self.chunks, self.heads, r, p), self.at(lambda i, c, b: (b, 0, i, 0, 0)))
         return jax.ShapeDtypeStruct((self.rows, self.chunks, self.ops.x.shape[2], r, p), jnp.float32), spec
+
+
+def _exit_adjoints(grid: _Grid, g, dlast, segments: int):
+    """Adjoints of every chunk's state on exit (rows, h, chunks, n, p) in the dtype of x, and that of h0 in float32, of
+    the grid's rows, which dlast has; None is 0."""
+    ops, first = grid.ops, grid.first
+    how = dict(first=first, rows=grid.rows, segments=segments, tiling=grid.tiling, blocks=grid.blocks)
+    call = functools.partial(call_serial, kernels.adjoint_kernel, "ssm_adjoints", ops, g, **how)
+    ends = None if dlast is None else dlast[:, :, None]
+    if segments > 1:
+        starts, _ = call(None, keep=False)
+        through = through_segments(ops, first, starts)
+        ends = jnp.flip(scan_segments(dlast, jnp.flip(starts, 2), jnp.flip(through, 2)), 2)
+    starts, exits = call(ends, keep=True)
+    return exits, starts[:, :, 0]
 
 
 def _call_output_gradients(grid: _Grid, given: Given, earlier: OutputGradients | None) -> OutputGradients:

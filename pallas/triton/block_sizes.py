@@ -58,4 +58,4 @@ def default_block_sizes(r: int, p: int, n: int, dtype, compute_capability: str) 
     if float(compute_capability) >= 10:
         # Loads fetched ahead were silently wrong there in the official kernels; not tried on such a GPU by us.
         serial_stages = stages = 1
-    return BlockSizes(max(rows, r), num_warps, serial_stages, stages, 32, turning_slab, programs=256)
+    return BlockSizes(max(rows, r), num_warps, serial_stages, stages, heads=32, turning_slab=turning_slab, programs=256)
