@@ -99,12 +99,19 @@ def test_what_is_said_of_retrieval_is_what_the_report_says():
     noisy = {name: scores for name, _, *scores in _tables(noise)}
     said = [", ".join(noisy[name]) for name in ("Mamba-3", "Mamba-2", "attention, RoPE")]
     assert "Mamba-3 then has {}%, Mamba-2 {} and attention {}".format(*said) in text
+    trained = [_by_length(report, title) for title in ("Selective copying", "Induction heads", "Needle in a haystack")]
+    lengths = ("256", "512", "1024"), ("256", "64", "1024"), ("256", "1024", "4096")
+    ours = {cells[0]: cells[1:] for cells in _tables(README) if len(cells) == 10 and cells[1][0].isdigit()}
+    assert list(ours) == ["Mamba-3", "Mamba-2", "attention, RoPE", "attention, no positions"]
+    assert ours == {name: [by[name][n] for by, of in zip(trained, lengths) for n in of] for name in ours}
+    assert f"no model tells it to more than {max((by['4096'] for by in trained[1].values()), key=_number)}%" in text
     words = {(cells[0], cells[1]): cells[2:] for cells in _tables(report) if cells[1:2] in (["1"], ["4"], ["layers"])}
     heads = words["model", "layers"]
     models = ("Gated DeltaNet", "Mamba-3", "Mamba-3, MIMO", "Mamba-2")
     s3 = [f"{words[name, '1'][heads.index('S3, 16')]}%" for name in models]
     assert "multiplies {} rightly, and Mamba-3 {}, MIMO {} and Mamba-2 {}".format(*s3) in text
-    assert f"than {words['Mamba-3', '1'][heads.index('Z60, 16')]}% for Mamba-3" in text
+    z60 = [words[name, "1"][heads.index("Z60, 16")] for name in ("Mamba-3", "Mamba-3, MIMO")]
+    assert "than {}% for Mamba-3, and {} for MIMO".format(*z60) in text
     deep = {name: dict(zip(heads, words[name, "4"])) for name in ("Mamba-3", "attention, RoPE", "Mamba-2")}
     of = {group: [[scores[f"{group}, {n}"] for n in ("16", "32 (trained)", "64")] for scores in deep.values()]
           for group in ("S3", "Z60")}  # fmt: skip
@@ -113,6 +120,17 @@ def test_what_is_said_of_retrieval_is_what_the_report_says():
     assert "Mamba-2 {}, {} and no more".format(*of["S3"][2]) in text
     assert "Mamba-2 has {}, {} and {}%".format(*of["Z60"][2]) in text
     assert "Mamba-3 has {}, {} and {}%, attention {}, {} and {}.".format(*of["Z60"][0], *of["Z60"][1]) in text
+
+
+def _by_length(report: str, title: str) -> dict[str, dict[str, str]]:
+    """Of each model the scores by the length of the row, from a section of the report."""
+    (_, *lengths), *rows = _tables(report.split(f"## {title}\n")[1].split("\n## ")[0])
+    lengths = [length.split()[0] for length in lengths]
+    return {name: dict(zip(lengths, scores)) for name, *scores in rows if name != "test rows"}
+
+
+def _number(score: str) -> float:
+    return float(score) if score[0].isdigit() else 0.0
 
 
 def test_what_a_sweep_gains_is_what_the_report_says():

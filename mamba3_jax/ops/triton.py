@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 from mamba3_jax.ops import prepass
 from mamba3_jax.ops.chunked import enter, leave
 from mamba3_jax.ops.inputs import Inputs
-from mamba3_jax.ops.rotation import rotate_interleaved
+from mamba3_jax.ops.rotation import rotate_interleaved, turns
 from mamba3_jax.ops.state import SSMState
 from pallas.triton.block_sizes import BlockSizes, default_block_sizes
 from pallas.triton.operands import Arguments
@@ -87,10 +87,8 @@ def triton(
     padded, z = prepass.pad(inputs, chunks * c), prepass.pad(z, chunks * c)
     h0 = None if state is None else jnp.swapaxes(enter(inputs, state), 2, 3)
     start = SSMState.zeros(b, h, p, n, r, s) if state is None else state
-    angles = _angles(padded, start, c)
-    # The kernels differentiate the angles of chunks themselves, but for the one that came (operands.py).
-    still = padded._replace(omega=lax.stop_gradient(padded.omega), clock=lax.stop_gradient(padded.clock))
-    theta0 = _angles(still, start, c).before
+    turned = _turned(padded, c)
+    angles = _angles(padded, start, turned, c)
     log_decay, gamma, scale = prepass.weights(padded)
     arguments = Arguments(
         x=padded.x,
@@ -108,7 +106,8 @@ def triton(
         gamma=gamma,
         clock=padded.clock,
         omega=padded.omega[:, :, 0] if s else None,
-        theta0=theta0 if s else None,
+        turned=lax.stop_gradient(turned) if s else None,
+        angle=None if state is None or not s else state.angle,
         segment_ids=padded.segment_ids,
     )
     y, last = ssm(arguments, h0, Tiling(c, r, n, s, p, precise, interpret), segments, blocks)
@@ -117,20 +116,31 @@ def triton(
     return y[:, :t], leave(inputs, angles.after, jnp.swapaxes(last, 2, 3), angles.at_start, rotate_interleaved)
 
 
-def _angles(inputs: Inputs, state: SSMState, c: int) -> prepass.Angles:
-    """`prepass.angles`; of 16-bit operands, whose turns the kernels do not wrap either, by one product of matrices for
-    what each chunk's tokens turn by: 0.005 instead of 0.014 ms of an H200's at TUNING.md's shape.
+def _turned(inputs: Inputs, c: int) -> Float[Array, "b m h s"]:
+    """What each chunk's tokens turn by in all, modulo 2 pi. Of 16-bit operands, whose turns the kernels do not wrap
+    either, by one product of matrices: 0.005 instead of 0.014 ms of an H200's at TUNING.md's shape.
 
-    The angle is then as exact as a float32 sum of a chunk's turns, however large, and a row has t / c of them: after
-    65536 tokens it was off by 1.3e-4 with steps of 1, by 1e-2 with steps of 10 that all turn the same way.
+    It is then as exact as a float32 sum of a chunk's turns, however large, and a row has t / c of them: after 65536
+    tokens the angle was off by 1.3e-4 with steps of 1, by 1e-2 with steps of 10 that all turn the same way.
     """
-    if inputs.x.dtype == jnp.float32 or inputs.segment_ids is not None:
-        return prepass.angles(inputs, state, c)
     b, t, h = inputs.clock.shape
-    omega, clock = (u.reshape(b, t // c, c, u.shape[-1]) for u in (inputs.omega, inputs.clock))
-    turned = jnp.einsum("bmcs,bmch->bmhs", omega, clock, precision="highest")
+
+    def chunks(u):
+        return u.reshape(b, t // c, c, *u.shape[2:])
+
+    if inputs.x.dtype == jnp.float32:
+        return jnp.sum(chunks(turns(inputs.omega, inputs.clock)), axis=2)
+    omega, clock = chunks(inputs.omega[:, :, 0]), chunks(inputs.clock)
+    return jnp.einsum("bmcs,bmch->bmhs", omega, clock, precision="highest")
+
+
+def _angles(inputs: Inputs, state: SSMState, turned: Float[Array, "b m h s"], c: int) -> prepass.Angles:
+    """`prepass.angles`, of rows that are not packed from what their chunks `turned`."""
+    if inputs.segment_ids is not None:
+        return prepass.angles(inputs, state, c)
+    b, m, h, _ = turned.shape
     # Each chunk as one token; of all inputs only these are read.
-    return prepass.angles(inputs._replace(omega=turned, clock=jnp.ones((b, t // c, h))), state, 1)
+    return prepass.angles(inputs._replace(omega=turned, clock=jnp.ones((b, m, h))), state, 1)
 
 
 def _segments(programs: int, chunks: int, blocks: BlockSizes) -> int:

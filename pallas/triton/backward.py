@@ -1,4 +1,4 @@
-"""The backward pass, from the inputs alone.
+"""The backward pass, from the inputs and the angles before chunks alone.
 
     coefficients  made as in the forward pass, and at the end their gradients handed on to what they were made of
     states        h, that every chunk starts from, as in the forward pass
@@ -257,7 +257,7 @@ def _turned(h, dS, tiling: Tiling) -> jax.Array:
 
 
 def backward(
-    args: Arguments, h0, last, dy, dlast, tiling: Tiling, segments: int, blocks: BlockSizes
+    args: Arguments, h0, theta0, last, dy, dlast, tiling: Tiling, segments: int, blocks: BlockSizes
 ) -> tuple[Arguments, jax.Array | None]:
     """Gradients of the arguments and of h0, from those of y and of the last state; h0 and dlast of None are 0.
 
@@ -266,7 +266,7 @@ def backward(
     """
     # Without it XLA could keep the forward pass's coefficients, which are the same, until dy is there.
     args, dy = lax.optimization_barrier((args, dy))
-    ops = coefficients.operands(args, tiling)
+    ops = coefficients.operands(args, theta0, tiling)
     b, _, h, _ = ops.x.shape
     every = _Grid(ops, 0, b, tiling, blocks)
     at_once = rows_at_once(b, every.blocks_of_heads * every.chunks, h * segments, blocks.programs)
@@ -302,10 +302,11 @@ def backward(
         mimo_o=mimo_o,
         **coefficients.gradients(ops, received, tiling),
         omega=jnp.concatenate(parts.omega) if tiling.s else None,
-        theta0=jnp.zeros_like(ops.theta0).at[:, 0].set(jnp.concatenate(parts.angle)) if tiling.s else None,
+        turned=None,
+        angle=None if args.angle is None else jnp.concatenate(parts.angle),
         segment_ids=None,
     )
-    like = args._replace(segment_ids=None)
+    like = args._replace(turned=None, segment_ids=None)
     return jax.tree.map(lambda grad, given: grad.astype(given.dtype), grads, like), dh0
 
 
@@ -348,8 +349,8 @@ def rows_at_once(b: int, of_chunks: int, serial: int, programs: int) -> int:
 
 
 def _gradients(grid: _Grid, dy, h0, last, dlast, segments: int, earlier: _Whole | None) -> tuple[_Whole, _OfPart]:
-    """Those of the grid's rows, which h0, last and dlast have, written into what the parts before wrote; but for theta0
-    and the coefficients."""
+    """Those of the grid's rows, which h0, last and dlast have, written into what the parts before wrote; but for the
+    angle and the coefficients."""
     ops, tiling, blocks = grid.ops, grid.tiling, grid.blocks
     entries, _ = entry_states(ops, h0, tiling, segments, blocks, grid.first, grid.rows)
     outputs, values, of_slabs = earlier or (None, None, ProjectionGradients(*(None,) * 5))

@@ -146,8 +146,8 @@ def _call(kernel, name: str, inputs: list, out, shape: tuple[int, int, int], til
     )(*inputs)[0]
 
 
-def operands(args: Arguments, tiling: Tiling) -> Operands:
-    """What the kernels read."""
+def operands(args: Arguments, theta0: jax.Array | None, tiling: Tiling) -> Operands:
+    """What the kernels read; theta0 (b, chunks, h, s) is there where something turns."""
     b, t, h = args.clock.shape
     tokens = jax.ShapeDtypeStruct((b, h, t), jnp.float32)
     chunks = jax.ShapeDtypeStruct((b, h, t // tiling.c), jnp.float32)
@@ -155,8 +155,8 @@ def operands(args: Arguments, tiling: Tiling) -> Operands:
     if not tiling.precise:
         made = made._replace(fine=None)
     made = _call(_kernel, "ssm_coefficients", [_of(args, _Given)], made, args.clock.shape, tiling)
-    rest = {name: getattr(args, name) for name in args._fields if name not in _Given._fields}
-    return Operands(**rest, **made._asdict())
+    rest = {name: getattr(args, name) for name in set(args._fields) & set(Operands._fields) - set(_Made._fields)}
+    return Operands(**rest, **made._asdict(), theta0=theta0)
 
 
 def gradients(ops: Operands, received: Received, tiling: Tiling) -> dict[str, jax.Array]:

@@ -40,24 +40,25 @@ class BlockSizes:
 
 
 def default_block_sizes(p: int, n: int, r: int) -> BlockSizes:
-    """64 numbers of the state in each thread of two warps; with 8 ranks half of that, for their vectors would spill.
+    """64 numbers of the state in each thread, of two warps or with 4 ranks one; with 8 ranks half as many, for their
+    vectors would spill.
 
-    One H100, b=128 h=64 p=64 n=128, ms by rows / warps, the smaller of two runs, and in brackets times what the bytes
-    of the states take at the rate of a copy. One step to a program, and 0.117 is about as long as it takes to call; of
-    eight in a program each takes 0.210, 0.111, 0.255 and 0.172 with the choice below:
+    One H200, b=128 h=64 p=64, ms of one of eight steps in a program by rows / warps, and of the choice in brackets
+    times what the bytes of the states take at the rate of a copy:
 
-                        64 / 4        32 / 4  32 / 2        16 / 1  64 / 2  outputs by tensor cores
-        SISO float32    0.205 (1.10)  0.209   0.208 (1.12)  0.213   0.212   0.235 (32 / 2)
-        SISO bfloat16   0.120 (1.28)  0.121   0.116 (1.24)  0.115   0.117   0.120 (16 / 2)
-        MIMO float32    0.286 (1.46)  0.308   0.257 (1.31)  0.280   0.384   0.271 (32 / 2)
-        MIMO bfloat16   0.193 (1.97)  0.215   0.172 (1.76)  0.175   0.170   0.178 (32 / 1)
+        n=128            32 / 2        16 / 1        8 / 1     n=64            64 / 2        32 / 1        16 / 1
+        SISO float32     0.163 (0.96)  0.170         0.175     SISO float32    0.084 (0.98)  0.089         0.089
+        SISO bfloat16    0.087 (1.01)  0.088         0.115     SISO bfloat16   0.048 (1.09)  0.048         0.064
+        MIMO float32     0.201         0.187 (1.05)  0.204     MIMO float32    0.123         0.115 (1.28)  0.114
+        MIMO bfloat16    0.143         0.127 (1.42)  0.147     MIMO bfloat16   0.099         0.086 (1.87)  0.085
 
-    Fewer warps wait less for each other. What is left of MIMO is its instructions: every thread of a row makes the
-    row's gates, and the vectors along n are made by every warp. On the tensor cores bfloat16 outputs are off by 1.3e-2.
+    Fewer warps wait less for each other. What is left of MIMO is waiting: 255 registers let eight warps share a
+    multiprocessor, which issue in two cycles of five. The outputs by tensor cores were slower, and off by 1.3e-2.
     """
+    warps = 1 if r >= 4 else 2
     per_thread = 64 if r < 8 else 32
-    block_p = min(p, max(1, 64 * per_thread // n))
-    return BlockSizes(block_p, num_warps=max(1, min(2, block_p * n // (32 * per_thread))))
+    block_p = min(p, max(1, 32 * warps * per_thread // n))
+    return BlockSizes(block_p, num_warps=max(1, min(warps, block_p * n // (32 * per_thread))))
 
 
 def _decode_kernel(
@@ -68,74 +69,118 @@ def _decode_kernel(
     fma = functools.partial(ptx.fma, interpret=interpret)
     decay, carry, gamma = jnp.exp(_f32(token_ref.log_decay)), _f32(token_ref.carry), _f32(token_ref.gamma)
     rotate = _rotation(state_ref, token_ref, n, pairing, interpret)
-    k = [rotate(token_ref.B, weights_ref.B_bias, j) for j in range(r)]
-    q = [rotate(token_ref.C, weights_ref.C_bias, j) for j in range(r)]
-    # The scalars weigh the vectors along n, of which a thread holds fewer numbers than of those along p.
-    owed = [decay * carry * _f32(state_ref.k, j) for j in range(r)]
-    new = [gamma * k_j for k_j in k]
+    k, q = rotate(token_ref.B, weights_ref.B_bias), rotate(token_ref.C, weights_ref.C_bias)
     angle = None if state_ref.angle is None else _advance(state_ref, token_ref, slice(None))
+    # Channels of one load: of MIMO's float32 two, that a thread holds 8 numbers of a row, as of bfloat16, and a row's
+    # vectors and the steps of its sum serve twice as many.
+    width = n // 2 if r > 1 and n > 1 and state_ref.ssm.dtype == jnp.float32 else n
+    channels = [pl.ds(start, width) for start in range(0, n, width)]
+    # The scalars weigh the vectors along n, of which a thread holds fewer numbers than of those along p.
+    owed, new, q = (_along_n(u, width) for u in (decay * carry * _f32(state_ref.k), gamma * k, q))
 
     def some_rows(i, _):
         rows = pl.ds(i * block_p, block_p)
-        v, v_prev = (_ranks(u[rows], weights_ref.mimo_x, rows, r) for u in (token_ref.x, state_ref.v))
-        h = decay * _f32(state_ref.ssm, rows)
+        v, v_prev = (_ranks(u[rows], weights_ref.mimo_x, rows) for u in (token_ref.x, state_ref.v))
+        h = [decay * _f32(state_ref.ssm, rows, c) for c in channels]
         # One product at a time, each added to h: a sum of two products would be laid out on its own, and moved.
-        for j in range(r):
-            h = fma(v_prev[j][:, None], owed[j][None, :], h)
-            h = fma(v[j][:, None], new[j][None, :], h)
+        for v_prev_j, owed_j, v_j, new_j in zip(_along_p(v_prev), owed, _along_p(v), new):
+            h = [fma(v_j, new_c, fma(v_prev_j, owed_c, h_c)) for owed_c, new_c, h_c in zip(owed_j, new_j, h)]
         if not interpret:
             # The new state lies where the old one does, and several warps may read one number: read all, then write.
             plgpu.debug_barrier()
-        new_ref.ssm[rows, :] = h.astype(new_ref.ssm.dtype)
+        for c, h_c in zip(channels, h):
+            new_ref.ssm[rows, c] = h_c.astype(new_ref.ssm.dtype)
         new_ref.v[rows] = token_ref.x[rows].astype(new_ref.v.dtype)
-        o = [jnp.sum(h * q_j[None, :], axis=1) for q_j in q]
-        _output(y_ref, rows, o, v, token_ref, weights_ref, interpret)
+        _output(y_ref, rows, h, q, v, token_ref, weights_ref, interpret)
         return _
 
     lax.fori_loop(0, state_ref.ssm.shape[0] // block_p, some_rows, 0)
-    for j in range(r):
-        new_ref.k[j, :] = k[j].astype(new_ref.k.dtype)
+    new_ref.k[...] = k.astype(new_ref.k.dtype)
     if angle is not None:
         new_ref.angle[:] = angle
 
 
-def _output(y_ref, rows, o: list, v: list, token_ref, weights_ref, interpret: bool) -> None:
-    """Skip, gate and the sum over ranks, or the ranks themselves."""
-    if weights_ref.D is not None:
-        o = [o_j + _f32(weights_ref.D) * v_j for o_j, v_j in zip(o, v)]
+def _output(y_ref, rows, h: list, q: list, v, token_ref, weights_ref, interpret: bool) -> None:
+    """(h q + D v) silu(mimo_z z), of every rank or weighed by mimo_o and summed."""
+    skip = None if weights_ref.D is None else _f32(weights_ref.D) * v
+    gate = None
     if token_ref.z is not None:
-        gates = _ranks(token_ref.z[rows], weights_ref.mimo_z, rows, len(o))
-        # Every thread of a row makes its gates, so they must be cheap.
-        o = [o_j * (gate * ptx.sigmoid(gate, interpret)) for o_j, gate in zip(o, gates)]
-    if weights_ref.mimo_o is not None:
-        o = [sum(o_j * _f32(weights_ref.mimo_o, j, rows) for j, o_j in enumerate(o))]
-    for j, o_j in enumerate(o):
-        y_ref[(j, rows) if y_ref.ndim == 2 else rows] = o_j.astype(y_ref.dtype)
+        gate = _ranks(token_ref.z[rows], weights_ref.mimo_z, rows)
+        gate *= ptx.sigmoid(gate, interpret)
+    if weights_ref.mimo_o is None:
+        skips, gates = ([None] * len(q) if u is None else _split(u) for u in (skip, gate))
+        for j, (q_j, skip_j, gate_j) in enumerate(zip(q, skips, gates)):
+            o = _dot(h, q_j, interpret)
+            o = o if skip_j is None else o + skip_j
+            o = o if gate_j is None else o * gate_j
+            y_ref[(j, rows) if y_ref.ndim == 2 else rows] = o.astype(y_ref.dtype)
+        return
+    # What a rank's output is multiplied by weighs its q, so that one sum along n does for all ranks.
+    weight = _f32(weights_ref.mimo_o, slice(None), rows)
+    weight = weight if gate is None else weight * gate
+    w = [0.0] * len(h)
+    for weight_j, q_j in zip(_along_p(weight), q):
+        w = [ptx.fma(weight_j, q_c, w_c, interpret=interpret) for q_c, w_c in zip(q_j, w)]
+    y = _dot(h, w, interpret)
+    if skip is not None:
+        y += jnp.sum(weight * skip, axis=0)
+    y_ref[rows] = y.astype(y_ref.dtype)
 
 
-def _ranks(u, mimo_ref, rows, r: int) -> list:
-    """u of every rank: itself for SISO."""
-    u = u.astype(jnp.float32)
-    return [u] if mimo_ref is None else [u * _f32(mimo_ref, j, rows) for j in range(r)]
+def _dot(h: list, q: list, interpret: bool):
+    """The sum along n."""
+    o = h[0] * q[0]
+    for h_c, q_c in zip(h[1:], q[1:]):
+        o = ptx.fma(h_c, q_c, o, interpret=interpret)
+    return jnp.sum(o, axis=1)
+
+
+def _ranks(u, mimo_ref, rows):
+    """u of every rank, (r, rows): itself for SISO.
+
+    Of all ranks in one array no thread makes what another does: the compiler lays out vectors of fewer numbers than
+    threads as the state is, and every thread of a row loads and makes the row's.
+    """
+    u = u.astype(jnp.float32)[None, :]
+    return u if mimo_ref is None else u * _f32(mimo_ref, slice(None), rows)
+
+
+def _split(u) -> list:
+    """u along its first axis."""
+    return [u_j.reshape(u.shape[1:]) for u_j in lax.split(u, (1,) * u.shape[0], 0)]
+
+
+def _along_p(u) -> list:
+    """(r, rows) as r columns."""
+    return [u_j[:, None] for u_j in _split(u)]
+
+
+def _along_n(u, width: int) -> list:
+    """(r, n) as r lists of rows, `width` channels each."""
+    r, n = u.shape
+    return [lax.split(u_j, (width,) * (n // width), 1) for u_j in lax.split(u, (1,) * r, 0)]
 
 
 def _rotation(state_ref, token_ref, n: int, pairing: Pairing, interpret: bool):
-    """The function (ref, bias, rank) -> R(theta') (ref[rank] + bias[rank])."""
+    """The function (ref, bias) -> R(theta') (ref + bias) of all ranks, (r, n)."""
 
-    def biased(ref, bias_ref, j, channels):
-        return _f32(ref, j, channels) + (0.0 if bias_ref is None else _f32(bias_ref, j, channels))
+    def biased(ref, bias_ref, *index):
+        return _f32(ref, *index) + (0.0 if bias_ref is None else _f32(bias_ref, *index))
 
     if state_ref.angle is None:
-        return functools.partial(biased, channels=slice(None))
+        return biased
     s = state_ref.angle.shape[0]
-    channel = lax.broadcasted_iota(jnp.int32, (n,), 0)
+    channel = lax.broadcasted_iota(jnp.int32, (1, n), 1)
     pair, bit = (channel // 2, 1) if pairing == "interleaved" else (channel % (n // 2), n // 2)
     # Channels beyond the s pairs do not turn: they read a valid angle and drop it.
     theta = jnp.where(pair < s, _advance(state_ref, token_ref, jnp.where(pair < s, pair, 0)), 0.0)
     cos, sin = ptx.cos(theta, interpret=interpret), ptx.sin(theta, interpret=interpret)
     sin = jnp.where((channel & bit) == 0, -sin, sin)
-    return lambda ref, bias_ref, j: (
-        biased(ref, bias_ref, j, channel) * cos + biased(ref, bias_ref, j, channel ^ bit) * sin
+    rank, channel = (lax.broadcasted_iota(jnp.int32, state_ref.k.shape, axis) for axis in (0, 1))
+    # Not an exclusive or where the bit is n / 2: the compiler sees that neighbours stay neighbours, and loads 16 bytes.
+    partner = channel ^ 1 if bit == 1 else jnp.where(channel < bit, channel + bit, channel - bit)
+    return lambda ref, bias_ref: ptx.fma(
+        biased(ref, bias_ref, rank, partner), sin, biased(ref, bias_ref) * cos, interpret=interpret
     )
 
 

@@ -1,4 +1,4 @@
-"""The forward pass after the coefficients: states from chunk to chunk, then every chunk's output by itself.
+"""The forward pass after the angles and the coefficients: states from chunk to chunk, then every chunk's output by itself.
 
     states   h <- through h + sum_j exit_j k_j v_j^T                             one program per row, head and segment
     outputs  o_i = entry_i q_i h + sum_j W_ij (q_i . k_j) v_j,  y = (o + D v) silu(z)    one per chunk and head
@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from pallas.triton import coefficients, tiles
+from pallas.triton import angles, coefficients, tiles
 from pallas.triton.block_sizes import BlockSizes
 from pallas.triton.operands import Arguments, Operands, at_heads, given_chunk, specs
 from pallas.triton.tiles import Tiling
@@ -233,9 +233,12 @@ def scan_segments(h0, ends, through) -> jax.Array:
     return jnp.stack(starts, axis=2)
 
 
-def forward(args: Arguments, h0, tiling: Tiling, segments: int, blocks: BlockSizes) -> tuple[jax.Array, jax.Array]:
-    """y (b, t, h, p), or (b, t r, h, p) without mimo_o; and the last state (b, h, n, p), float32, in kernel order, like
-    h0, of which None is 0."""
-    ops = coefficients.operands(args, tiling)
+def forward(
+    args: Arguments, h0, tiling: Tiling, segments: int, blocks: BlockSizes
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """y (b, t, h, p), or (b, t r, h, p) without mimo_o; the last state (b, h, n, p), float32, in kernel order, like h0,
+    of which None is 0; and theta0 (b, chunks, h, s), None where nothing turns."""
+    theta0 = angles.before_chunks(args.turned, args.angle, tiling) if tiling.s else None
+    ops = coefficients.operands(args, theta0, tiling)
     entries, last = entry_states(ops, h0, tiling, segments, blocks, 0, len(ops.x))
-    return _call_outputs(ops, entries, tiling, blocks), last
+    return _call_outputs(ops, entries, tiling, blocks), last, theta0

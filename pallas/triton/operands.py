@@ -22,8 +22,9 @@ class Arguments(NamedTuple):
         scale, gamma: weights of a token for later ones and for itself.
         clock: what omega is multiplied by.
         omega: angular velocity of all heads.
-        theta0: angle before each chunk's first token. What it owes to the turns of earlier tokens goes into the
-            gradients of clock and omega; its own is that of the first angle, and 0 of the others.
+        turned: what each chunk's tokens turn by in all, the sum of omega clock, modulo 2 pi. It has no gradient of its
+            own: what it receives goes into those of clock and omega.
+        angle: before the row's first token; None is 0.
         segment_ids: packed documents.
     """
 
@@ -42,7 +43,8 @@ class Arguments(NamedTuple):
     gamma: jax.Array
     clock: jax.Array
     omega: jax.Array | None  # (b, t, s)
-    theta0: jax.Array | None  # (b, chunks, h, s)
+    turned: jax.Array | None  # (b, chunks, h, s)
+    angle: jax.Array | None  # (b, h, s)
     segment_ids: jax.Array | None  # (b, t) int32
 
 
@@ -56,6 +58,7 @@ class Operands(NamedTuple):
         exit: exp(rest of the chunk's log decay) scale, what the chunk's end sees of a token; 0 for earlier documents.
         through: what the chunk's end keeps of the state at its start.
         scale, gamma, clock: with time last, so that a tile's lie side by side.
+        theta0: angle before each chunk's first token.
     """
 
     x: jax.Array
@@ -77,8 +80,8 @@ class Operands(NamedTuple):
     gamma: jax.Array
     clock: jax.Array
     omega: jax.Array | None
-    theta0: jax.Array | None
     segment_ids: jax.Array | None
+    theta0: jax.Array | None  # (b, chunks, h, s)
 
 
 def specs(operands: Operands, at, heads: int | None = None) -> Operands:
@@ -117,12 +120,13 @@ _SHARED_AXES = dict(
     mimo_z=_RANKS,
     mimo_o=_RANKS,
     omega=("b", "t", "s"),
-    theta0=("b", "chunks", "h", "s"),
     segment_ids=("b", "t"),
 )
+THETA0_AXES = ("b", "chunks", "h", "s")
 ARGUMENT_AXES = _SHARED_AXES | dict.fromkeys(("log_decay", "scale", "gamma", "clock"), ("b", "t", "h"))
+ARGUMENT_AXES |= dict(turned=THETA0_AXES, angle=("b", "h", "s"))
 AXES = _SHARED_AXES | dict.fromkeys(("coarse", "fine", "entry", "exit", "scale", "gamma", "clock"), _SMALL)
-AXES |= dict(through=("b", "h", "chunks"))
+AXES |= dict(through=("b", "h", "chunks"), theta0=THETA0_AXES)
 
 
 def at_heads(h: int, index):

@@ -24,6 +24,9 @@ from jax.experimental.pallas import triton as plgpu
 from pallas.triton import ptx
 
 TWO_PI = 2 * np.pi
+# As in mamba3_jax/ops/rotation.py: in two parts, the first exact in few bits.
+TWO_PI_HIGH = 6.28125
+TWO_PI_LOW = TWO_PI - TWO_PI_HIGH
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +108,7 @@ class Tiling:
     def wrap(self, angle):
         """The same angle in [-pi, pi]."""
         turns = jnp.floor(self.fma(angle, 1 / TWO_PI, 0.5))
-        return self.fma(turns, -TWO_PI, angle)
+        return self.fma(turns, -TWO_PI_LOW, self.fma(turns, -TWO_PI_HIGH, angle))
 
     def fma(self, a, b, c):
         """a b + c in one instruction."""

@@ -23,7 +23,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from pallas.triton.backward import backward
 from pallas.triton.block_sizes import BlockSizes
 from pallas.triton.forward import forward
-from pallas.triton.operands import ARGUMENT_AXES, Arguments
+from pallas.triton.operands import ARGUMENT_AXES, THETA0_AXES, Arguments
 from pallas.triton.tiles import Tiling
 
 # Axes of the arrays that are not arguments.
@@ -36,8 +36,9 @@ def ssm(
 ) -> tuple[jax.Array, jax.Array]:
     """y and the last state from h0 (b, h, n, p), None for 0, both states in kernel order and float32. See `Arguments`.
 
-    Kept for the backward pass are the arguments and the last state. The states that chunks start from are made again:
-    at TUNING.md's shape that took 0.21 ms, and kept they would be n / c times as large as x in every layer.
+    Kept for the backward pass are the arguments, the last state and the angles that chunks start from. The states that
+    they start from are made again: at TUNING.md's shape that took 0.21 ms, and kept they would be n / c times as large
+    as x in every layer.
 
     Inside a `shard_map` of the caller's it computes what it is given; `check_vma` must be False there, as for every
     Pallas kernel that does not say how its outputs vary.
@@ -62,21 +63,22 @@ def _backward_of_used(*args):
 @functools.partial(jax.jit, static_argnums=(2, 3, 4))
 def _forward(inputs, h0, tiling, segments, blocks):
     start = None if h0 is None else _STATE
-    run = _Sharded(forward, (_axes(inputs), start), (_Y, _STATE), inputs, tiling, segments, blocks)
-    y, last = run(inputs, h0)
-    return (y, last), (inputs, h0, last)
+    outs = _Y, _STATE, _theta0(tiling)
+    run = _Sharded(forward, (_axes(inputs), start), outs, inputs, tiling, segments, blocks)
+    y, last, theta0 = run(inputs, h0)
+    return (y, last), (inputs._replace(turned=None), h0, theta0, last)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _backward(tiling, segments, blocks, saved, grads):
-    inputs, h0, last = saved
+    inputs, h0, theta0, last = saved
     dy, dlast = grads
     last = None if dlast is None else last
     axes = _axes(inputs)
     start, end = (None if u is None else _STATE for u in (h0, dlast))
     outs = axes._replace(segment_ids=None), start
-    run = _Sharded(backward, (axes, start, end, _Y, end), outs, inputs, tiling, segments, blocks)
-    return run(inputs, h0, last, dy, dlast)
+    run = _Sharded(backward, (axes, start, _theta0(tiling), end, _Y, end), outs, inputs, tiling, segments, blocks)
+    return run(inputs, h0, theta0, last, dy, dlast)
 
 
 ssm.defvjp(_forward_to_differentiate, _backward_of_used, symbolic_zeros=True)
@@ -86,6 +88,10 @@ def _axes(inputs: Arguments) -> Arguments:
     """The axes of the arguments that are there, as one string each."""
     named = inputs._asdict().items()
     return Arguments(**{name: None if a is None else " ".join(ARGUMENT_AXES[name]) for name, a in named})
+
+
+def _theta0(tiling: Tiling) -> str | None:
+    return " ".join(THETA0_AXES) if tiling.s else None
 
 
 class _Sharded:

@@ -149,7 +149,7 @@ def test_lowers_for_gpus(device, capability, kwargs, dtype):
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
     names = set(re.findall(r'name = "(ssm_\w+)"', text))
     gradients = {f"ssm_{of}_gradients" for of in ("coefficient", "output", "value", "projection")}
-    assert names == {"ssm_coefficients", "ssm_states", "ssm_outputs", "ssm_adjoints"} | gradients
+    assert names == {f"ssm_{of}" for of in ("angles", "coefficients", "states", "outputs", "adjoints")} | gradients
 
 
 def test_layers_of_one_shape_share_their_kernels():
