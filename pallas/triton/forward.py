@@ -1,4 +1,4 @@
-"""The forward pass after the angles and the coefficients: states from chunk to chunk, then every chunk's output by itself.
+"""The forward pass after angles and coefficients: states from chunk to chunk, then every chunk's output by itself.
 
     states   h <- through h + sum_j exit_j k_j v_j^T                             one program per row, head and segment
     outputs  o_i = entry_i q_i h + sum_j W_ij (q_i . k_j) v_j,  y = (o + D v) silu(z)    one per chunk and head
