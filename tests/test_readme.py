@@ -127,7 +127,7 @@ def _by_length(report: str, title: str) -> dict[str, dict[str, str]]:
     """Of each model the scores by the length of the row, from a section of the report."""
     (_, *lengths), *rows = _tables(report.split(f"## {title}\n")[1].split("\n## ")[0])
     lengths = [length.split()[0] for length in lengths]
-    return {name: dict(zip(lengths, scores)) for name, *scores in rows if name != "test rows"}
+    return {name: dict(zip(lengths, scores)) for name, *scores in rows if name not in ("---", "test rows")}
 
 
 def _number(score: str) -> float:
