@@ -246,7 +246,7 @@ def test_what_is_said_of_the_gpu_kernels_is_what_was_measured():
     parts = {key: f"{100 * row['bytes'] / row['ms'] / rate:.0f}" for key, row in steps.items()}
     shape = "b=128 t=1 h=64 p=64 n={} g=1".format
     mimo = [parts["mimo", shape(n), dtype] for dtype in ("float32", "bfloat16") for n in (128, 64)]
-    assert "reaches {} and {}% with float32 states, {} and {}% with bfloat16 ones".format(*mimo) in text
+    assert "reaches {}% (n=64: {}%) with float32 states, {}% ({}%) with bfloat16 ones".format(*mimo) in text
     siso = sorted(int(part) for (model, *_), part in parts.items() if model == "siso")
     assert f"bfloat16 states ({siso[0]}%)" in text and siso[1] >= 99
     lines = map(json.loads, _committed(f"{folder}/metrics.jsonl").splitlines())

@@ -117,7 +117,7 @@ def triton(
 
 
 def _turned(inputs: Inputs, c: int) -> Float[Array, "b m h s"]:
-    """What each chunk's tokens turn by in all, modulo 2 pi. Of 16-bit operands, whose turns the kernels do not wrap
+    """What each chunk's tokens turn by in all, not wrapped. Of 16-bit operands, whose turns the kernels do not wrap
     either, by one product of matrices: 0.005 instead of 0.014 ms of an H200's at TUNING.md's shape.
 
     It is then as exact as a float32 sum of a chunk's turns, however large, and a row has t / c of them: after 65536

@@ -19,10 +19,10 @@ from pallas.triton import tiles
 from pallas.triton.operands import at_heads
 from pallas.triton.tiles import Tiling
 
-# Most chunks at a time.
+# At most so many chunks at a time.
 GROUP = 32
-# Binary angles are made of halves, as many to the radian as this, because rounding may leave a wrapped angle just
-# beyond pi. In two parts, so that none of float32's digits is lost.
+# Binary angles are made with 2^31 to a revolution and then doubled, because rounding may leave a wrapped angle just
+# beyond pi. So many to the radian, in two parts, so that none of float32's digits is lost.
 HALVES = 2**31 / tiles.TWO_PI
 HALVES_HIGH = float(np.float32(HALVES))
 HALVES_LOW = HALVES - HALVES_HIGH
@@ -37,9 +37,9 @@ def _kernel(turned_ref, start_ref, theta0_ref, *, tiling: Tiling):
         chunks = i * group + lax.broadcasted_iota(jnp.int32, (group, s), 0)
         at = pl.ds(i * group, group)
         turned = _binary(tiling, plgpu.load(turned_ref.at[at], mask=chunks < m, other=0.0))
-        after = before[None, :] + jnp.cumsum(turned, axis=0)
+        after = before[None, :] + jnp.cumsum(turned, axis=0, dtype=jnp.int32)
         plgpu.store(theta0_ref.at[at], _radians(after - turned), mask=chunks < m)
-        return before + jnp.sum(turned, axis=0)
+        return before + jnp.sum(turned, axis=0, dtype=jnp.int32)
 
     start = jnp.zeros((s,), jnp.int32) if start_ref is None else _binary(tiling, start_ref[...])
     lax.fori_loop(0, pl.cdiv(m, group), some_chunks, start)

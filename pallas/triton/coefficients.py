@@ -155,7 +155,7 @@ def operands(args: Arguments, theta0: jax.Array | None, tiling: Tiling) -> Opera
     if not tiling.precise:
         made = made._replace(fine=None)
     made = _call(_kernel, "ssm_coefficients", [_of(args, _Given)], made, args.clock.shape, tiling)
-    rest = {name: getattr(args, name) for name in set(args._fields) & set(Operands._fields) - set(_Made._fields)}
+    rest = {name: getattr(args, name) for name in (set(args._fields) & set(Operands._fields)) - set(_Made._fields)}
     return Operands(**rest, **made._asdict(), theta0=theta0)
 
 

@@ -12,7 +12,6 @@ its first with one bit of the index set, and B and C are read a second time with
 
 import dataclasses
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -22,13 +21,9 @@ from jax.experimental.pallas import triton as plgpu
 
 from pallas.step import Pairing, State, Token, Weights, check_dtypes, output_shape
 from pallas.triton import ptx
+from pallas.triton.tiles import TWO_PI, TWO_PI_HIGH, TWO_PI_LOW
 
 RANKS = (1, 2, 4, 8)
-
-# As in mamba3_jax/ops/rotation.py: 2 pi in two parts, the first exact in few bits.
-TWO_PI = 2 * math.pi
-TWO_PI_HIGH = 6.28125
-TWO_PI_LOW = TWO_PI - TWO_PI_HIGH
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,8 +38,8 @@ def default_block_sizes(p: int, n: int, r: int) -> BlockSizes:
     """64 numbers of the state in each thread, of two warps or with 4 ranks one; with 8 ranks half as many, for their
     vectors would spill.
 
-    One H200, b=128 h=64 p=64, ms of one of eight steps in a program by rows / warps, and of the choice in brackets
-    times what the bytes of the states take at the rate of a copy:
+    One H200, b=128 h=64 p=64 and 4 ranks for MIMO, ms of one of eight steps in a program by rows / warps, and of the
+    choice in brackets times what the bytes of the states take at the rate of a copy, before the choice was made:
 
         n=128            32 / 2        16 / 1        8 / 1     n=64            64 / 2        32 / 1        16 / 1
         SISO float32     0.163 (0.96)  0.170         0.175     SISO float32    0.084 (0.98)  0.089         0.089
@@ -138,8 +133,8 @@ def _dot(h: list, q: list, interpret: bool):
 def _ranks(u, mimo_ref, rows):
     """u of every rank, (r, rows): itself for SISO.
 
-    Of all ranks in one array no thread makes what another does: the compiler lays out vectors of fewer numbers than
-    threads as the state is, and every thread of a row loads and makes the row's.
+    In one array, so that each number is made by one thread: the compiler lays out vectors of fewer numbers than threads
+    as the state is, and every thread of a row loads and makes the row's.
     """
     u = u.astype(jnp.float32)[None, :]
     return u if mimo_ref is None else u * _f32(mimo_ref, slice(None), rows)

@@ -23,7 +23,7 @@ class Arguments(NamedTuple):
         clock: what omega is multiplied by.
         omega: angular velocity of all heads.
         turned: what each chunk's tokens turn by in all, the sum of omega clock, modulo 2 pi. It has no gradient of its
-            own: what it receives goes into those of clock and omega.
+            own (None): what it receives goes into those of clock and omega.
         angle: before the row's first token; None is 0.
         segment_ids: packed documents.
     """

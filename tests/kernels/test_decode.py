@@ -37,6 +37,7 @@ VARIANTS = {
     "mimo rank 8": dict(r=8, mimo=True),
     "mimo ranks kept": dict(r=2, mimo=True, reduce=False),
     "mimo without gate": dict(r=2, mimo=True, gate=False),
+    "mimo bare but for the gate": dict(r=2, mimo=True, bare=True),
     "mimo bare, ranks kept": dict(r=2, mimo=True, bare=True, gate=False, reduce=False),
     "mimo standard rope": dict(r=2, mimo=True, rotation="rope"),
     "mimo no rotation": dict(r=2, mimo=True, rotation="none"),

@@ -18,8 +18,10 @@ from mamba3_jax.ops import EULER, SSMState, api, ssm
 from mamba3_jax.ops.decode import decode
 from mamba3_jax.ops.triton import triton
 from pallas.triton import backward
+from pallas.triton.angles import before_chunks
 from pallas.triton.block_sizes import default_block_sizes
 from pallas.triton.forward import forward
+from pallas.triton.tiles import Tiling
 from test_operator import (
     assert_states_close,
     call,
@@ -323,6 +325,20 @@ def test_angles_that_chunks_start_from(dtype, limit):
     expected = np.concatenate([np.zeros_like(turned[:, :1]), turned[:, 63::64]], 1)
     assert found.shape == expected.shape
     assert np.max(np.abs(2 * np.sin((found - expected) / 2))) <= limit
+
+
+def test_angles_are_summed_modulo_2_pi_in_any_number_of_chunks():
+    """45 chunks, not a multiple of those at a time, of two rows, which a write beyond the first would reach, that begin
+    at angles of up to 20 revolutions: the float64 sum of the same numbers."""
+    turned, start = (
+        scale * jax.random.normal(jax.random.key(i), shape, jnp.float32)
+        for i, (scale, shape) in enumerate([(2.0, (2, 45, 3, 16)), (40.0, (2, 3, 16))])
+    )
+    found = before_chunks(turned, start, Tiling(16, 1, 32, 16, 16, precise=True, interpret=INTERPRET))
+    sums = np.cumsum(np.asarray(turned, np.float64), axis=1)
+    expected = np.asarray(start, np.float64)[:, None] + np.pad(sums[:, :-1], ((0, 0), (1, 0), (0, 0), (0, 0)))
+    assert np.max(np.abs(found)) <= 3.1416
+    assert np.max(np.abs(2 * np.sin((np.asarray(found, np.float64) - expected) / 2))) <= 3e-6
 
 
 @pytest.mark.parametrize("rows", [16, 64])

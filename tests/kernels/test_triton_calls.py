@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from test_triton import INTERPRET, arguments, assert_all_close, interpreted
+from test_triton import INTERPRET, TOLERANCE, arguments, assert_all_close, error, interpreted, values_and_gradients
 
 from mamba3_jax.ops import SSMState, api, ssm, ssm_step
 from mamba3_jax.ops.triton import triton
@@ -215,6 +215,17 @@ def test_float64_is_refused():
             ssm(**arguments(5, dtype=jnp.float64), implementation="triton")
 
 
+def test_float32_runs_beside_float64():
+    """Where JAX makes int64 and float64 of what has no dtype, float32 arguments have the same outputs and gradients."""
+    args = arguments(40, b=1)
+    with interpreted():
+        y, _, gradients = values_and_gradients(args, random_state(args), implementation="triton")
+        with jax.enable_x64(True):
+            y_, _, gradients_ = values_and_gradients(args, random_state(args), implementation="triton")
+    assert y_.dtype == jnp.float32 and error(y_, y) <= 1e-6
+    assert_all_close(gradients_, gradients, TOLERANCE[jnp.float32])
+
+
 def step_of(args, **options):
     per_token = ("x", "B", "C", "dt", "A", "lam", "omega", "z")
     token = {k: v[:, 0] if k in per_token and np.ndim(v) > 1 else v for k, v in args.items()}
@@ -267,6 +278,9 @@ def test_states_of_chunks_are_not_kept_for_the_backward_pass():
         text = jax.jit(jax.grad(loss, has_aux=True)).lower(arrays).as_text()
     n, p = args["B"].shape[-1], args["x"].shape[-1]
     assert kept and not [u.shape for u in kept if u.ndim == 5 and {n, p} <= set(u.shape[-2:])]
+    # The angles before chunks are, once.
+    b, t, h, _ = args["x"].shape
+    assert [u.shape for u in kept].count((b, t // 16, h, args["omega"].shape[-1])) == 1
     # Before the coefficients, and two in each of the four parts.
     assert text.count("optimization_barrier") == 1 + 2 * 4
 
