@@ -306,7 +306,7 @@ def backward(
         angle=None if args.angle is None else jnp.concatenate(parts.angle),
         segment_ids=None,
     )
-    like = args._replace(turned=None, segment_ids=None)
+    like = args._replace(segment_ids=None)
     return jax.tree.map(lambda grad, given: grad.astype(given.dtype), grads, like), dh0
 
 

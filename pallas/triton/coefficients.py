@@ -155,8 +155,9 @@ def operands(args: Arguments, theta0: jax.Array | None, tiling: Tiling) -> Opera
     if not tiling.precise:
         made = made._replace(fine=None)
     made = _call(_kernel, "ssm_coefficients", [_of(args, _Given)], made, args.clock.shape, tiling)
-    rest = {name: getattr(args, name) for name in (set(args._fields) & set(Operands._fields)) - set(_Made._fields)}
-    return Operands(**rest, **made._asdict(), theta0=theta0)
+    made = made._asdict() | dict(theta0=theta0)
+    rest = {name: getattr(args, name) for name in Operands._fields if name not in made}
+    return Operands(**rest, **made)
 
 
 def gradients(ops: Operands, received: Received, tiling: Tiling) -> dict[str, jax.Array]:
